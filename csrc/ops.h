@@ -1,0 +1,104 @@
+// Every host function of the core. A backend is a module that implements this header: the CPU
+// sources once for each instruction-set level, the CUDA sources for the GPU, and the same CUDA
+// sources on the emulator of tests/simt. All have the same binding (bindings.cpp), so Python
+// picks a module for a device and nothing else differs.
+//
+// Rules: no function allocates, synchronises or throws away an error; buffers and workspaces
+// come from the caller; results are deterministic (no floating-point atomics; a sum has one order
+// whatever the number of threads). A failed launch throws std::runtime_error.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "shapes.h"
+
+namespace zfcuda {
+
+// An address in the memory of the backend's device; null where an argument is optional.
+struct Address {
+    void* value = nullptr;
+
+    template <typename T>
+    T* as() const {
+        return static_cast<T*>(value);
+    }
+    explicit operator bool() const { return value != nullptr; }
+};
+
+enum class Dtype : int { float32 = 0, float64 = 1 };
+
+// What stands between a signal and the filters on the way down. `forward` is the output of the
+// rectifier on the way up; `forward <= 0` blocks (so NaN passes, as in torch).
+//   none       signal
+//   deconvnet  max(signal, 0), NaN kept
+//   backprop   forward <= 0 ? 0 : signal
+//   guided     both
+enum class Gate : int { none = 0, deconvnet = 1, backprop = 2, guided = 3 };
+
+// Where and how to run. CUDA: device ordinal and cudaStream_t. CPU: the number of OpenMP threads.
+struct Exec {
+    std::int64_t device;
+    std::int64_t stream;
+    std::int64_t threads;
+};
+
+// maps = conv(image, weight) + bias, then by `gate`: none nothing; deconvnet max(·, 0), that is,
+// ReLU; backprop ·, zero where forward <= 0. `forward` has the size of the maps (backprop only).
+// guided is not used here.
+std::int64_t conv2d_workspace(const ConvShape& shape, Dtype dtype, const Exec& exec);
+void conv2d(const ConvShape& shape, Dtype dtype, Gate gate, Address image, Address weight,
+            Address bias, Address forward, Address maps, Address workspace, const Exec& exec);
+
+// image = conv_transpose(gate(signal), weight) + bias: signal and `forward` have the size of the
+// maps, bias has in_channels entries.
+std::int64_t deconv2d_workspace(const ConvShape& shape, Dtype dtype, const Exec& exec);
+void deconv2d(const ConvShape& shape, Dtype dtype, Gate gate, Address signal, Address forward,
+              Address weight, Address bias, Address image, Address workspace, const Exec& exec);
+
+// grad_weight[o,i,ky,kx] = sum over n,y,x of gate(signal)[n,o,y,x] * image[n,i,…]; if grad_bias is
+// given, grad_bias[o] = sum of gate(signal)[n,o,y,x]. Serves both convolutions.
+std::int64_t conv2d_weight_gradient_workspace(const ConvShape& shape, Dtype dtype,
+                                              const Exec& exec);
+void conv2d_weight_gradient(const ConvShape& shape, Dtype dtype, Gate gate, Address image,
+                            Address signal, Address forward, Address grad_weight,
+                            Address grad_bias, Address workspace, const Exec& exec);
+
+// Maximum of each window and its switch: the first maximum in row-major order; the last NaN where
+// there is one; a window without a positive or finite value still has a switch.
+void max_pool2d(const PoolShape& shape, Dtype dtype, Address input, Address output,
+                Address switches, const Exec& exec);
+
+// The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the
+// shape, `unpooled` its input size. Where switches of several windows meet: their sum, or with
+// `overwrite` the value of the last window in row-major order.
+void max_unpool2d(const PoolShape& shape, Dtype dtype, bool overwrite, Address pooled,
+                  Address switches, Address unpooled, const Exec& exec);
+
+// The transpose of max_unpool2d: pooled[w] = unpooled[switch of w]; with `overwrite` zero for the
+// windows whose value was overwritten.
+void switch_gather(const PoolShape& shape, Dtype dtype, bool overwrite, Address unpooled,
+                   Address switches, Address pooled, const Exec& exec);
+
+// Writes to *first_invalid (int64) the smallest storage index of a switch that does not point to
+// an input position inside its window and inside the input, or -1.
+void find_invalid_switch(const PoolShape& shape, Address switches, Address first_invalid,
+                         const Exec& exec);
+
+// y[c] = x[c] / (k + alpha / size * sum over the window of x²) ^ beta.
+void local_response_norm(const NormShape& shape, Dtype dtype, double alpha, double beta, double k,
+                         Address input, Address output, const Exec& exec);
+// The gradient with respect to the input; recomputes the denominators.
+void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double alpha, double beta,
+                                  double k, Address input, Address grad_output,
+                                  Address grad_input, const Exec& exec);
+
+// What this module was compiled for: "x86-64-v4", or "sm_75 sm_80 sm_90 sm_120 compute_120".
+std::string target();
+
+// What this machine offers to a backend of this kind, one fact a line. CPU: the best instruction
+// set level that a module exists for. CUDA: "driver 13000" and "runtime 13000", then
+// "device NAME|sm_90|BYTES" for each GPU; never throws for want of a driver.
+std::string machine();
+
+}  // namespace zfcuda
