@@ -135,7 +135,7 @@ def zfnet(
     table = _edit(base, widths, fc_width, remove)
     if norm not in ("after", "before"):
         raise ValueError(f"norm is {norm!r}; it must be 'after' or 'before' (the pooling)")
-    size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
     net = ZFNet(in_channels, size)
     channels = in_channels
     for number, row in table.items():
