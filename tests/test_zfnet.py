@@ -56,9 +56,7 @@ def test_sizes_of_the_paper():
 
 def test_order_and_state_dict_keys():
     net = zfnet(fc_width=16)
-    assert [n for n, _ in net.named_children()] == (
-        "conv1 pool1 norm1 conv2 pool2 norm2 conv3 conv4 conv5 pool5 flatten fc6 relu6 drop6 fc7 relu7 drop7 fc8"
-    ).split()
+    assert [n for n, _ in net.named_children()] == ["conv1", "pool1", "norm1", "conv2", "pool2", "norm2", "conv3", "conv4", "conv5", "pool5", "flatten", "fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
     layers = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
     assert list(net.state_dict()) == [f"{n}.{p}" for n in layers for p in ("weight", "bias")]
 
@@ -103,14 +101,14 @@ def _check_same(net, oracle):
 
 
 VARIANTS = {
-    "b": (dict(widths="b"), {"conv3": 512, "conv4": 1024, "conv5": 512}),
-    "narrow": (dict(widths=(8, 16, 24, 24, 16)), {"conv1": 8, "conv5": 16}),
-    "without 3, 4": (dict(remove=(3, 4)), {"conv3": None, "conv4": None, "conv5": 256}),
-    "without 7": (dict(remove=(7,)), {"fc6": 32, "fc7": None, "relu7": None, "fc8": 1000}),
-    "without 6, 7": (dict(remove=(6, 7)), {"fc6": None, "fc7": None, "fc8": 1000}),
-    "without 3, 4, 6, 7": (dict(remove=(3, 4, 6, 7)), {"conv3": None, "fc6": None, "fc8": 1000}),
-    "krizhevsky": (dict(base="krizhevsky"), {"conv1": 96, "conv2": 256, "conv5": 256}),
-    "grey": (dict(in_channels=1, input_size=(96, 128)), {"conv1": 96, "fc6": 32}),
+    "b": ({"widths": "b"}, {"conv3": 512, "conv4": 1024, "conv5": 512}),
+    "narrow": ({"widths": (8, 16, 24, 24, 16)}, {"conv1": 8, "conv5": 16}),
+    "without 3, 4": ({"remove": (3, 4)}, {"conv3": None, "conv4": None, "conv5": 256}),
+    "without 7": ({"remove": (7,)}, {"fc6": 32, "fc7": None, "relu7": None, "fc8": 1000}),
+    "without 6, 7": ({"remove": (6, 7)}, {"fc6": None, "fc7": None, "fc8": 1000}),
+    "without 3, 4, 6, 7": ({"remove": (3, 4, 6, 7)}, {"conv3": None, "fc6": None, "fc8": 1000}),
+    "krizhevsky": ({"base": "krizhevsky"}, {"conv1": 96, "conv2": 256, "conv5": 256}),
+    "grey": ({"in_channels": 1, "input_size": (96, 128)}, {"conv1": 96, "fc6": 32}),
 }
 
 
@@ -141,12 +139,12 @@ def test_krizhevsky_sizes():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(base="alexnet"), "alexnet"),
-        (dict(norm="none"), "'none'"),
-        (dict(widths=(1, 2, 3)), r"\(1, 2, 3\)"),
-        (dict(widths="c"), "'c'"),
-        (dict(remove=(5,)), "layer 5"),
-        (dict(input_size=20), "larger"),
+        ({"base": "alexnet"}, "alexnet"),
+        ({"norm": "none"}, "'none'"),
+        ({"widths": (1, 2, 3)}, r"\(1, 2, 3\)"),
+        ({"widths": "c"}, "'c'"),
+        ({"remove": (5,)}, "layer 5"),
+        ({"input_size": 20}, "larger"),
     ],
 )
 def test_errors(options, words):

@@ -1,5 +1,6 @@
 """See what a convolutional network has learned: Zeiler & Fergus (2013) as compiled PyTorch operators."""
 
 from zfcuda import models, nn, ops
+from zfcuda.deconv import DeconvNet, show
 
-__all__ = ["models", "nn", "ops"]
+__all__ = ["DeconvNet", "models", "nn", "ops", "show"]
