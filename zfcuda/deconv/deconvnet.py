@@ -118,7 +118,9 @@ class DeconvNet:
             raise RuntimeError(
                 f"images has shape {tuple(images.shape)}; it must be (N, C, H, W): add a batch with unsqueeze(0)"
             )
-        maps, switches, x = {}, {}, images
+        maps: dict[str, Tensor] = {}
+        switches: dict[str, Tensor] = {}
+        x = images
         for step in self._steps:
             x, switch = _up(step, x)
             maps |= dict.fromkeys((step.name, *step.aliases), x)
@@ -146,7 +148,7 @@ class DeconvNet:
             out.append(Layer(step.name, step.kind, step.aliases, channels, *where))
         return tuple(out)
 
-    def box(self, layer: str, position: tuple[int, int]) -> Box:
+    def box(self, layer: str, position: Sequence[int]) -> Box:
         """The pixels of the network's input that a position of a layer sees (its receptive field).
 
         Parameters
@@ -202,6 +204,20 @@ class DeconvNet:
         if _is_single(units):
             return Strongest(values[:, 0], None if positions is None else positions[:, 0])
         return Strongest(values, positions)
+
+    @torch.no_grad()
+    def strongest_unit(self, record: Record, layer: str) -> Tensor:
+        """The unit of a layer that holds its strongest activation, for each image: int64 (N,).
+
+        The first one where there are several.
+
+        Raises
+        ------
+        ValueError
+            For an unknown layer.
+        """
+        map_ = record.maps[self._steps[self._find(layer)].name]
+        return map_.reshape(*map_.shape[:2], map_.shape[2:].numel()).amax(2).argmax(1)
 
     @torch.no_grad()
     def project(
@@ -405,7 +421,7 @@ def _is_single(units: Units) -> bool:
 def _unit_index(map_: Tensor, layer: str, units: Units) -> Tensor:
     """Units as an int64 tensor (N, U), checked."""
     index = torch.as_tensor(units, device=map_.device)
-    if index.is_floating_point() or index.dtype == torch.bool:
+    if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
         raise TypeError(f"units has dtype {index.dtype}; it must be integers")
     batch, count = map_.shape[:2]
     index = index.long().reshape(1, 1) if index.dim() == 0 else index.long()
