@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ NAMESPACE = "zfcuda"
 
 #: Switches are one byte.
 MAX_WINDOW = 256
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
@@ -93,7 +95,8 @@ def check_tensor(name: str, value: Tensor, rank: int = 4, like: Tensor | None = 
     if like is not None:
         if value.dtype != like.dtype:
             raise RuntimeError(
-                f"{name} has dtype {value.dtype}; it must be {like.dtype} like the first argument: convert it with .to()"
+                f"{name} has dtype {value.dtype}; it must be {like.dtype} like the first argument: "
+                "convert it with .to()"
             )
         check_device(name, value, like)
 
@@ -131,7 +134,7 @@ def memory_format(value: Tensor) -> torch.memory_format:
     return torch.channels_last if value.stride(1) == 1 else torch.contiguous_format
 
 
-def dense(value: Tensor | None, layout: torch.memory_format) -> Tensor | None:
+def dense(value: MaybeTensor, layout: torch.memory_format) -> MaybeTensor:
     """``value`` in one of the two dense layouts: itself where it has it already."""
     return None if value is None else value.contiguous(memory_format=layout)
 

@@ -63,16 +63,11 @@ class Filters(NamedTuple):
 
     def maps_size(self, image: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """Height and width of the maps of an image."""
-        return [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, k, s, p, d in zip(image, kernel, *self[:3], strict=True)
-        ]
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(image, kernel, *self[:3], strict=True)]
 
     def image_size(self, maps: Sequence[int], kernel: Sequence[int]) -> list[int]:
         """The smallest height and width of an image that has these maps."""
-        return [
-            (n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in zip(maps, kernel, *self[:3], strict=True)
-        ]
+        return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in zip(maps, kernel, *self[:3], strict=True)]
 
 
 def check_bias(bias: Tensor | None, like: Tensor, channels: int) -> None:

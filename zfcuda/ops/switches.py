@@ -78,7 +78,8 @@ def indices_to_switches(
     y = torch.div(indices, size[1], rounding_mode="floor") - top
     x = indices % size[1] - left
     tap_y, tap_x = y // window.dilation[0], x // window.dilation[1]
-    valid = (indices >= 0) & (indices < size[0] * size[1]) & (y % window.dilation[0] == 0) & (x % window.dilation[1] == 0)
+    valid = (indices >= 0) & (indices < size[0] * size[1])
+    valid &= (y % window.dilation[0] == 0) & (x % window.dilation[1] == 0)
     valid &= (tap_y >= 0) & (tap_y < window.kernel_size[0]) & (tap_x >= 0) & (tap_x < window.kernel_size[1])
     _require_all("indices", indices, valid, window, size)
     return (tap_y * window.kernel_size[1] + tap_x).to(torch.uint8)
