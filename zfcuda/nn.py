@@ -25,6 +25,8 @@ class ConvReLU2d(nn.Conv2d):
         If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
 
+    padding: tuple[int, int]  # type: ignore[assignment]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
@@ -34,15 +36,7 @@ class ConvReLU2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, …), rectified."""
-        return ops.conv2d_relu(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,  # type: ignore[arg-type]
-        )
+        return ops.conv2d_relu(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -72,19 +66,19 @@ class MaxPool2d(nn.MaxPool2d):
         *,
         return_switches: bool = False,
     ) -> None:
-        super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)  # type: ignore[arg-type]
+        super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
         if return_indices and return_switches:
             raise RuntimeError(
-                "return_switches is True and return_indices too; they are two forms of one thing: choose"
+                "return_switches and return_indices are both True; they are two forms of one thing: choose"
             )
         self.return_switches = return_switches
 
     def forward(self, input: Tensor) -> Any:
         """The pooled tensor, or a pair of it and the switches (uint8) or the indices (int64)."""
         window = self.kernel_size, self.stride, self.padding, self.dilation
-        output, switches = ops.max_pool2d(input, *window, self.ceil_mode)  # type: ignore[arg-type]
+        output, switches = ops.max_pool2d(input, *window, self.ceil_mode)
         if self.return_indices:
-            return output, ops.switches_to_indices(switches, input.shape, *window)  # type: ignore[arg-type]
+            return output, ops.switches_to_indices(switches, input.shape, *window)
         return (output, switches) if self.return_switches else output
 
 
