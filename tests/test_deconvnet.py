@@ -77,7 +77,7 @@ def oracle_forward(modules, x, gate, overlap, skip_norm=True):
             slide = (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
             x = OverwritePool.apply(x, m) if overlap == "overwrite" else F.max_pool2d(x, *slide)
         elif isinstance(m, nn.LocalResponseNorm):
-            norm = lambda x, m=m: F.local_response_norm(x, m.size, m.alpha, m.beta, m.k)
+            norm = nn.LocalResponseNorm(m.size, m.alpha, m.beta, m.k)
             x = Skip.apply(x, norm) if skip_norm else norm(x)
         elif isinstance(m, nn.Linear):
             x = F.linear(x, m.weight, m.bias)
@@ -210,15 +210,14 @@ def test_record_holds_what_the_model_computes():
 
 def test_the_model_is_left_as_it_was():
     net, images = build(odd)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state, modes = {k: v.clone() for k, v in net.state_dict().items()}, [m.training for m in net.modules()]
+    rng = torch.get_rng_state()
     record = zfcuda.DeconvNet(net)(images)
-    assert (
-        all(m.training for m in net.modules() if not isinstance(m, nn.Sequential) and m is not net[5]) or net.training
-    )
-    evaluated = zfcuda.DeconvNet(net.eval())(images)
-    assert torch.equal(record.logits, evaluated.logits)
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state()), "dropout ran"
+    assert modes == [m.training for m in net.modules()] and net.training
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert not record.logits.requires_grad and all(p.grad is None for p in net.parameters())
+    assert torch.equal(record.logits, zfcuda.DeconvNet(net.eval())(images).logits)
 
 
 def test_inplace_relu_does_not_touch_images_or_maps():
@@ -503,6 +502,7 @@ class Strange(nn.Conv2d):
         (nn.LeakyReLU(), "LeakyReLU.*ReLU only"),
         (nn.Softmax(1), "Softmax.*logits"),
         (nn.MaxPool2d(2, return_indices=True), "return_indices"),
+        (zfcuda.nn.MaxPool2d(2, return_switches=True), "return_switches"),
         (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), "padding_mode='reflect'"),
         (nn.Conv2d(3, 3, 2, padding="same"), "even kernel"),
         (nn.Linear(3, 3), "Flatten"),

@@ -115,15 +115,16 @@ def _leaves(module: Any, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _step(name: str, module: Any) -> Step:
-    cls = next((c for c in type(module).__mro__ if c in KINDS), None)
+    cls: Any = next((c for c in type(module).__mro__ if c in KINDS), None)
     if cls is None or type(module).forward is not cls.forward:
         raise _refusal(name, module, _reason(module, cls))
     kind = KINDS[cls]
     if kind == "conv":
         return Step(name, kind, module, _conv_window(name, module), rectified=cls is nn.ConvReLU2d)
     if kind == "pool":
-        if getattr(module, "return_indices", False):
-            raise _refusal(name, module, "return_indices=True makes it return two tensors; the deconvnet keeps its own")
+        for option in ("return_indices", "return_switches"):
+            if getattr(module, option, False):
+                raise _refusal(name, module, f"{option}=True makes it return two tensors; the deconvnet keeps its own")
         stride = module.kernel_size if module.stride is None else module.stride
         window = Window(
             _pair(module.kernel_size), _pair(stride), _pair(module.padding), _pair(module.dilation), module.ceil_mode

@@ -101,7 +101,7 @@ def _as_photo(image: object) -> Image.Image:
         array = np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise TypeError(
-            f"image is {type(image).__name__} of {array.dtype} {array.shape}; it must be a path, a PIL image, a tensor, "
-            "or an array (height, width[, channels]) of uint8 or of floats in 0 … 1"
+            f"image is {type(image).__name__} of {array.dtype} {array.shape}; it must be a path, a PIL image, a "
+            "tensor, or an array (height, width[, channels]) of uint8 or of floats in 0 … 1"
         )
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
