@@ -4,6 +4,8 @@ The oracle is plain torch: the net is run forwards with its ReLUs, pools and nor
 functions whose backward is the deconvnet's rule, and autograd goes down from one activation.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.autograd import Function
 
 import zfcuda
 from zfcuda.deconv import deconvnet as dense
+from zfcuda.deconv.receptive_field import Window
 
 GATES = ["deconvnet", "backprop", "guided"]
 UNITS = [0, 1, 2, 3]
@@ -347,8 +350,11 @@ def test_deterministic_and_independent_of_chunks(monkeypatch):
     d = zfcuda.DeconvNet(net)
     whole = d.project(images, "conv5", [0, 1, 2, 3])
     assert torch.equal(whole, d.project(images, "conv5", [0, 1, 2, 3]))
-    monkeypatch.setattr(dense, "CHUNK_BYTES", 3 * 6 * 30 * 30 * 4)  # three projections at a time
+    monkeypatch.setattr(dense, "CHUNK_BYTES", 3 * 3 * 64 * 64 * 4)  # three projections: the image is the largest map
+    batches, deconv2d = [], zfcuda.ops.deconv2d
+    monkeypatch.setattr(zfcuda.ops, "deconv2d", lambda s, *a, **k: batches.append(len(s)) or deconv2d(s, *a, **k))
     close(d.project(images, "conv5", [0, 1, 2, 3]), whole, 1e-6)
+    assert batches == [3] * 10 + [2] * 5
 
 
 # Receptive fields and sizes.
@@ -396,6 +402,19 @@ def test_sizes_and_channels_are_those_of_the_maps(make):
         map_ = record.maps[layer.name]
         assert layer.channels == map_.shape[1]
         assert layer.size == (tuple(map_.shape[2:]) or None)
+
+
+def test_output_sizes_are_those_of_torch_for_every_small_window():
+    cases = itertools.product(range(1, 10), (1, 2, 3), (1, 2, 3), (0, 1), (1, 2), (False, True))
+    checked = 0
+    for size, kernel, stride, padding, dilation, ceil in cases:
+        if 2 * padding > kernel or dilation * (kernel - 1) + 1 > size + 2 * padding:
+            continue
+        pooled = F.max_pool2d(torch.zeros(1, 1, size, size + 1), kernel, stride, padding, dilation, ceil)
+        window = Window((kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2, ceil)
+        assert window.output_size((size, size + 1)) == tuple(pooled.shape[2:])
+        checked += 1
+    assert checked > 300
 
 
 def test_receptive_fields_of_the_paper():

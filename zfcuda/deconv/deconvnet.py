@@ -351,9 +351,8 @@ def _check_identity(step: Step, x: Tensor) -> Tensor:
     wanted = (size, size) if isinstance(size, int) else tuple(size)
     if any(w is not None and w != have for w, have in zip(wanted, x.shape[2:], strict=True)):
         raise RuntimeError(
-            f"{step.name} ({type(step.module).__name__}) would pool maps of {tuple(x.shape[2:])} "
-            f"to {wanted}; "
-            "DeconvNet goes through it only where it changes nothing: use images of the size that the model was made for"
+            f"{step.name} ({type(step.module).__name__}) would pool maps of {tuple(x.shape[2:])} to {wanted}; "
+            "DeconvNet goes through it only where it changes nothing: use images of the size the model was made for"
         )
     return x
 
