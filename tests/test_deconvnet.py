@@ -190,6 +190,18 @@ def test_equals_the_oracle_in_float32(make, layer, at, gate):
     )
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_equals_the_oracle_on_every_backend(backend, gate):
+    net, images = build(overlapping, torch.float32)
+    want = torch.stack([oracle(leaves(net), images, 5, u, gate=gate) for u in UNITS], 1)
+    d = zfcuda.DeconvNet(net.to(backend.device))
+    record = d(images.to(backend.device))
+    values, positions = d.strongest(record, "5", UNITS)
+    assert values.device == positions.device == record.images.device
+    close(d.project(record, "5", UNITS, gate=gate).cpu(), want, 1e-5)
+    close(d.project(record, "5", UNITS, position=positions.cpu(), start=values.cpu(), gate=gate).cpu(), want, 1e-5)
+
+
 def test_backprop_is_the_gradient_where_there_is_no_normalisation():
     net, images = build(overlapping)
     images.requires_grad_()
