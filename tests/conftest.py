@@ -59,3 +59,11 @@ def _cpu_level() -> str:
 def emulator():
     """The CUDA kernels on the checking emulator, compiled at first use."""
     pytest.skip("the emulator has not landed yet")
+
+
+@pytest.fixture
+def threads():
+    """``threads(2)`` sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
