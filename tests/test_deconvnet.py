@@ -620,6 +620,21 @@ def test_show_takes_paths_images_arrays_and_tensors(tmp_path):
         np.testing.assert_array_equal(np.asarray(zfcuda.show(zfcuda.DeconvNet(net), same, "conv3")), wanted)
 
 
+def test_show_turns_photographs_upright(tmp_path):
+    net, _ = build(zf, torch.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise when shown
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "turned.png", exif=exif)
+    shown, wanted = zfcuda.show(net, tmp_path / "turned.png", "conv3"), zfcuda.show(net, pixels, "conv3")
+    np.testing.assert_array_equal(np.asarray(shown), np.asarray(wanted))
+
+
+def test_show_takes_grey_networks():
+    net = randomise(zfcuda.models.zfnet(4, widths=(4,) * 5, fc_width=4, in_channels=1, input_size=64))
+    assert zfcuda.show(net, np.random.default_rng(0).random((80, 90, 3)), "conv2", size=30).size == (68, 30)
+
+
 def test_show_scales_to_the_network_and_serves_fully_connected_units():
     net, _ = build(zf, torch.float32)
     shown = zfcuda.show(net, np.full((100, 150), 0.25), "fc8", size=64)
