@@ -108,7 +108,7 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
     lines = [
         f"cxx = {os.environ.get('CXX', 'g++')}",
         "rule cxx",
-        f"  command = $cxx {common} -Wall -Wextra -ffp-contract=fast -MMD -MF $out.d {includes} $flags -c $in -o $out",
+        f"  command = $cxx {common} -Wall -Wextra -ffp-contract=fast -fno-math-errno -fno-trapping-math -MMD -MF $out.d {includes} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",
         "rule link",
         "  command = $cxx -shared -Wl,-s $in $flags -o $out\n  description = $out",
