@@ -12,16 +12,14 @@
 //                                     for 1 and 2, so that the compiler shuffles, not gathers)
 //
 // Floor: one read of the input, one write of 5 bytes an output (float32): a memory copy.
-#include <cmath>
 #include <limits>
 #include <type_traits>
 
+#include "lanes.h"
 #include "parallel.h"
 
 namespace zfcuda {
 namespace {
-
-constexpr std::int64_t kLanes = 64;
 
 // The taps i of a window that starts at `start` for which start + i * dilation lies in [0, size).
 struct Taps {
@@ -33,32 +31,41 @@ struct Taps {
     }
 };
 
-// The running maximum of each lane, and its tap as an integer as wide as the value.
+// The running maximum of each lane, and its tap.
 template <typename T>
 struct Best {
-    using Tap = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
-    T value[kLanes];
-    Tap tap[kLanes];
+    using V = Lanes<T>;
+    typename V::Value value = typename V::Value{} - std::numeric_limits<T>::infinity();
+    typename V::Integer tap;
 
-    // Lanes [from, to) meet source[lane * step] through `which`.
-    template <typename Step>
-    void meet(const T* source, Step step, Tap which, std::int64_t from, std::int64_t to) {
-        for (std::int64_t lane = from; lane < to; ++lane) {
-            const T candidate = source[lane * step];
-            const bool take = (candidate > value[lane]) | (candidate != candidate);
-            tap[lane] = take ? which : tap[lane];
-            value[lane] = take ? candidate : value[lane];
-        }
-    }
-    void store(T* output, std::uint8_t* switches, std::int64_t lanes) const {
-        for (std::int64_t lane = 0; lane < lanes; ++lane) output[lane] = value[lane];
-        for (std::int64_t lane = 0; lane < lanes; ++lane)
-            switches[lane] = static_cast<std::uint8_t>(tap[lane]);
+    void meet(const typename V::Value& candidate, std::int64_t which) {
+        const typename V::Integer take = (candidate > value) | (candidate != candidate);
+        tap = take ? typename V::Integer{} + static_cast<typename V::Int>(which) : tap;
+        value = take ? candidate : value;
     }
 };
 
+// Elements x, x + step, … of a row; those outside it lose against everything.
+template <typename T, typename Step>
+typename Lanes<T>::Value load_columns(const T* row, std::int64_t x, Step step, std::int64_t width) {
+    using V = Lanes<T>;
+    typename V::Value value;
+    if (x >= 0 && x + V::count * step <= width) {
+        if constexpr (std::is_same_v<Step, std::integral_constant<std::int64_t, 1>>)
+            return V::load(row + x, V::count);
+        for (int lane = 0; lane < V::count; ++lane) value[lane] = row[x + lane * step];
+        return value;
+    }
+    for (int lane = 0; lane < V::count; ++lane) {
+        const std::int64_t at = x + lane * step;
+        value[lane] = at >= 0 && at < width ? row[at] : -std::numeric_limits<T>::infinity();
+    }
+    return value;
+}
+
 template <typename T>
 struct Pool {
+    using V = Lanes<T>;
     PoolShape s;
     const T* input;
     T* output;
@@ -75,25 +82,24 @@ struct Pool {
     void row_of_pixels(std::int64_t n, std::int64_t oy) const {
         const Layout in = s.input(), out = s.output();
         const Taps rows = this->rows(oy);
-        Best<T> best;
+        const std::int64_t row_step = s.dilation_h * in.step_y();
+        const std::int64_t column_step = s.dilation_w * in.step_x();
         for (std::int64_t ox = 0; ox < s.out_width; ++ox) {
             const Taps columns = this->columns(ox);
-            const auto corner = static_cast<typename Best<T>::Tap>(rows.first * s.kernel_w +
-                                                                   columns.first);
-            for (std::int64_t c = 0; c < s.channels; c += kLanes) {
-                const std::int64_t lanes = std::min(kLanes, s.channels - c);
-                std::fill_n(best.value, lanes, -std::numeric_limits<T>::infinity());
-                std::fill_n(best.tap, lanes, corner);
+            const T* corner = input + in.offset(n, 0, oy * s.stride_h - s.padding_h,
+                                                ox * s.stride_w - s.padding_w);
+            const std::int64_t at = out.offset(n, 0, oy, ox);
+            for (std::int64_t c = 0; c < s.channels; c += V::count) {
+                const std::int64_t lanes = std::min<std::int64_t>(V::count, s.channels - c);
+                Best<T> best;
+                best.tap = typename V::Integer{} + static_cast<typename V::Int>(
+                                                       rows.first * s.kernel_w + columns.first);
                 for (std::int64_t i = rows.first; i < rows.last; ++i)
-                    for (std::int64_t j = columns.first; j < columns.last; ++j) {
-                        const std::int64_t y = oy * s.stride_h - s.padding_h + i * s.dilation_h;
-                        const std::int64_t x = ox * s.stride_w - s.padding_w + j * s.dilation_w;
-                        best.meet(input + in.offset(n, c, y, x),
-                                  std::integral_constant<std::int64_t, 1>{}, i * s.kernel_w + j, 0,
-                                  lanes);
-                    }
-                const std::int64_t at = out.offset(n, c, oy, ox);
-                best.store(output + at, switches + at, lanes);
+                    for (std::int64_t j = columns.first; j < columns.last; ++j)
+                        best.meet(V::load(corner + i * row_step + j * column_step + c, lanes),
+                                  i * s.kernel_w + j);
+                V::store(output + at + c, best.value, lanes);
+                V::store_bytes(switches + at + c, best.tap, lanes);
             }
         }
     }
@@ -102,27 +108,23 @@ struct Pool {
     template <typename Step>
     void row_of_plane(std::int64_t plane, std::int64_t oy, Step step) const {
         const Taps rows = this->rows(oy);
-        Best<T> best;
-        for (std::int64_t ox = 0; ox < s.out_width; ox += kLanes) {
-            const std::int64_t lanes = std::min(kLanes, s.out_width - ox);
+        for (std::int64_t ox = 0; ox < s.out_width; ox += V::count) {
+            const std::int64_t lanes = std::min<std::int64_t>(V::count, s.out_width - ox);
             const std::int64_t left = ox * s.stride_w - s.padding_w;
-            for (std::int64_t lane = 0; lane < lanes; ++lane) {
-                best.value[lane] = -std::numeric_limits<T>::infinity();
-                best.tap[lane] = rows.first * s.kernel_w + columns(ox + lane).first;
+            Best<T> best;
+            for (int lane = 0; lane < V::count; ++lane)
+                best.tap[lane] = static_cast<typename V::Int>(rows.first * s.kernel_w +
+                                                              columns(ox + lane).first);
+            for (std::int64_t i = rows.first; i < rows.last; ++i) {
+                const std::int64_t y = oy * s.stride_h - s.padding_h + i * s.dilation_h;
+                const T* row = input + (plane * s.in_height + y) * s.in_width;
+                for (std::int64_t j = 0; j < s.kernel_w; ++j)
+                    best.meet(load_columns(row, left + j * s.dilation_w, step, s.in_width),
+                              i * s.kernel_w + j);
             }
-            for (std::int64_t i = rows.first; i < rows.last; ++i)
-                for (std::int64_t j = 0; j < s.kernel_w; ++j) {
-                    // The lanes whose column left + j * dilation + lane * stride is inside.
-                    const std::int64_t x = left + j * s.dilation_w, room = s.in_width - x;
-                    const std::int64_t from = x < 0 ? (-x + s.stride_w - 1) / s.stride_w : 0;
-                    const std::int64_t to =
-                        room > 0 ? std::min(lanes, (room + s.stride_w - 1) / s.stride_w) : 0;
-                    const std::int64_t y = oy * s.stride_h - s.padding_h + i * s.dilation_h;
-                    best.meet(input + (plane * s.in_height + y) * s.in_width + x, step,
-                              i * s.kernel_w + j, from, to);
-                }
             const std::int64_t at = (plane * s.out_height + oy) * s.out_width + ox;
-            best.store(output + at, switches + at, lanes);
+            V::store(output + at, best.value, lanes);
+            V::store_bytes(switches + at, best.tap, lanes);
         }
     }
 };

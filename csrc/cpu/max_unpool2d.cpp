@@ -10,12 +10,11 @@
 // adds its windows in row-major order; the plane stays in the cache. Both sum in that order.
 //
 // Floor: one read of 5 bytes a window (float32), one write of the unpooled: a memory copy.
+#include "lanes.h"
 #include "parallel.h"
 
 namespace zfcuda {
 namespace {
-
-constexpr std::int64_t kLanes = 64;
 
 // The windows along one dimension that contain position `at`, in increasing order: body(window,
 // tap) for window * stride - padding + tap * dilation == at.
@@ -97,21 +96,23 @@ void scatter_plane(const PoolShape& s, bool overwrite, const Distances& distance
 template <typename T>
 void gather_pixel(const PoolShape& s, bool overwrite, std::int64_t n, std::int64_t y,
                   std::int64_t x, const T* pooled, const std::uint8_t* switches, T* unpooled) {
-    T sum[kLanes];
-    for (std::int64_t c = 0; c < s.channels; c += kLanes) {
-        const std::int64_t lanes = std::min(kLanes, s.channels - c);
-        std::fill_n(sum, lanes, T(0));
-        for_windows2d(s, n, c, y, x, [&](std::int64_t window, std::int64_t tap) {
-            const T* value = pooled + window;
-            const std::uint8_t* taps = switches + window;
-            if (overwrite)
-                for (std::int64_t i = 0; i < lanes; ++i)
-                    sum[i] = taps[i] == tap ? value[i] : sum[i];
-            else
-                for (std::int64_t i = 0; i < lanes; ++i)
-                    sum[i] += taps[i] == tap ? value[i] : T(0);
-        });
-        std::copy_n(sum, lanes, unpooled + s.input().offset(n, c, y, x));
+    using V = Lanes<T>;
+    std::int64_t windows[256], taps[256], count = 0;
+    for_windows2d(s, n, 0, y, x, [&](std::int64_t window, std::int64_t tap) {
+        windows[count] = window;
+        taps[count++] = tap;
+    });
+    T* pixel = unpooled + s.input().offset(n, 0, y, x);
+    for (std::int64_t c = 0; c < s.channels; c += V::count) {
+        const std::int64_t lanes = std::min<std::int64_t>(V::count, s.channels - c);
+        typename V::Value sum{};
+        for (std::int64_t i = 0; i < count; ++i) {
+            const typename V::Value value = V::load(pooled + windows[i] + c, lanes);
+            const typename V::Integer hit = V::load_bytes(switches + windows[i] + c, lanes) ==
+                                            static_cast<typename V::Int>(taps[i]);
+            sum = hit ? (overwrite ? value : sum + value) : sum;
+        }
+        V::store(pixel + c, sum, lanes);
     }
 }
 
