@@ -166,6 +166,7 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
         f"cxx = {cxx}",
         "rule cxx",
         "  command = $cxx -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=fast "
+        "-fno-math-errno -fno-trapping-math "
         f"-MMD -MF $out.d -I{CSRC} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $out",
         "rule link",
