@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     const int right_k = thread / (kN / kPack), right_column = thread % (kN / kPack) * kPack;
 
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
-    const Odometer step(kDepth, p.channels, width), one(1, p.channels, width);
+    const Odometer step(kDepth, p.channels, width);
     Odometer left_at(load_k, p.channels, width), right_at(right_k, p.channels, width);
     const std::int64_t step_y = p.y.offset_step * p.source.step_y();
     const std::int64_t step_x = p.x.offset_step * p.source.step_x();
@@ -103,25 +103,49 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     Vector<T, kVector> staged[kLoads];
     Pack<T> staged_right;
 
-    auto fetch_left = [&](const TapPixel& pixel, const Odometer& at) -> Vector<T, kVector> {
-        const int y = pixel.y + at.high * p.y.offset_step,
-                  x = pixel.x + at.middle * p.x.offset_step;
-        const bool inside =
-            at.high < rows.count && y >= 0 && y < p.source.height && x >= 0 && x < p.source.width;
-        if (!inside) return {};
-        return load_gated<T, kVector>(
-            source, kTransposed ? forward : nullptr,
-            pixel.source + at.high * step_y + at.middle * step_x + at.low * step_channel);
+    // What a tap and channel add to a pixel's position; beyond the last tap it is outside.
+    const auto displacement = [&](const Odometer& at) -> TapPixel {
+        return {at.high * step_y + at.middle * step_x + at.low * step_channel,
+                at.high < rows.count ? at.high * p.y.offset_step : kOutside,
+                at.middle * p.x.offset_step};
     };
+    // The displacement of the next k, by additions alone.
+    const std::int64_t next_tap = step_x - p.channels * step_channel;
+    const std::int64_t next_row = step_y - width * step_x;
+    const auto next = [&](Odometer& at, TapPixel& tap) {
+        tap.source += step_channel;
+        if (++at.low < p.channels) return;
+        at.low = 0;
+        tap.source += next_tap;
+        tap.x += p.x.offset_step;
+        if (++at.middle < width) return;
+        at.middle = 0;
+        tap.source += next_row;
+        tap.x = 0;
+        tap.y = ++at.high < rows.count ? tap.y + p.y.offset_step : kOutside;
+    };
+    const unsigned height = static_cast<unsigned>(p.source.height);
+    const unsigned breadth = static_cast<unsigned>(p.source.width);
+    auto fetch_left = [&](const TapPixel& pixel, const TapPixel& tap) -> Vector<T, kVector> {
+        const bool inside = static_cast<unsigned>(pixel.y + tap.y) < height &&
+                            static_cast<unsigned>(pixel.x + tap.x) < breadth;
+        if (!inside) return {};
+        return load_gated<T, kVector>(source, kTransposed ? forward : nullptr,
+                                      pixel.source + tap.source);
+    };
+    const TapPixel own_pixel = pixels[load_row];
     auto fetch = [&]() {
-        Odometer at = left_at;
+        TapPixel tap = displacement(left_at);
+        if constexpr (kChannelsLast) {
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            if constexpr (kChannelsLast) {
-                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], at);
-            } else {
-                staged[i] = fetch_left(pixels[load_row], at);
-                at.advance(one, p.channels, width);
+            for (int i = 0; i < kLoads; ++i)
+                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], tap);
+        } else {
+            Odometer at = left_at;
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                staged[i] = fetch_left(own_pixel, tap);
+                next(at, tap);
             }
         }
         left_at.advance(step, p.channels, width);
