@@ -1,6 +1,7 @@
 // The inside of the emulator: what its own files share.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <string>
 #include <vector>
@@ -109,8 +110,8 @@ struct Shadow {
 };
 enum class Space { shared, global };
 template <Space space>
-void check_history(Shadow& shadow, bool initialised, std::uintptr_t address, unsigned bytes,
-                   Access access, const void* pc);
+void check_history(Shadow& shadow, std::uintptr_t address, unsigned bytes, Access access,
+                   const void* pc);
 void mark_pending(Shadow& shadow, std::uintptr_t address, unsigned bytes, bool pending,
                   const void* pc);
 
@@ -140,7 +141,10 @@ struct AsyncCopy {
 struct AsyncQueue {
     std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
     std::vector<AsyncCopy> open;
-    bool empty() const { return groups.empty() && open.empty(); }
+    bool in_flight() const {  // an empty group is not
+        const auto full = [](const std::vector<AsyncCopy>& group) { return !group.empty(); };
+        return full(open) || std::any_of(groups.begin(), groups.end(), full);
+    }
 };
 AsyncQueue& async_queue();  // of the running thread
 

@@ -78,7 +78,7 @@ void arrange(std::vector<T>& indices, std::mt19937_64& random) {
 
 void thread_main() {
     launch_now->body(launch_now->context);
-    if (!self().copies.empty())
+    if (self().copies.in_flight())
         fail("asynchronous copies in flight",
              "the thread exits with copies that no cp_async_wait has retired");
     --launch_now->live;

@@ -87,7 +87,7 @@ void check_shared(std::uintptr_t address, unsigned bytes, Access access, const v
         check_shared_bounds(address, bytes, pc);
         for (recent = 0; address < arrays[recent].begin || address >= arrays[recent].end;) ++recent;
     }
-    check_history<Space::shared>(arena_shadow, false, address, bytes, access, pc);
+    check_history<Space::shared>(arena_shadow, address, bytes, access, pc);
 }
 
 }  // namespace simt
