@@ -32,10 +32,10 @@ extern Settings settings;
 [[noreturn]] void stop(std::string error);  // (scheduler.cpp) the end of all failures
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string text(const char* format, va_list arguments);
-std::string where(const void* pc);           // "function at file:line"
-std::string function_at(const void* start);  // "function"
+std::string where(const void* pc);  // "file:line", and whence, where it was inlined
+std::string where(std::uint32_t code_offset);
+std::string function_at(const void* start);
 std::uint32_t code_offset(const void* pc);   // a pc in 32 bits, for the shadow
-const void* code_address(std::uint32_t offset);
 
 // ---- fibers (fibers.cpp)
 
@@ -137,13 +137,15 @@ struct AsyncCopy {
     char* target;
     const char* source;
     int bytes, valid;
+    const void* pc;
 };
 struct AsyncQueue {
     std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
     std::vector<AsyncCopy> open;
-    bool in_flight() const {  // an empty group is not
-        const auto full = [](const std::vector<AsyncCopy>& group) { return !group.empty(); };
-        return full(open) || std::any_of(groups.begin(), groups.end(), full);
+    const AsyncCopy* in_flight() const {  // one of them; a group may be empty
+        for (const auto& group : groups)
+            if (!group.empty()) return &group[0];
+        return open.empty() ? nullptr : &open[0];
     }
 };
 AsyncQueue& async_queue();  // of the running thread

@@ -78,9 +78,9 @@ void arrange(std::vector<T>& indices, std::mt19937_64& random) {
 
 void thread_main() {
     launch_now->body(launch_now->context);
-    if (self().copies.in_flight())
-        fail("asynchronous copies in flight",
-             "the thread exits with copies that no cp_async_wait has retired");
+    if (const AsyncCopy* copy = self().copies.in_flight())
+        fail_at(copy->pc, "asynchronous copies in flight",
+                "the thread exits with a copy that no cp_async_wait has retired, issued");
     --launch_now->live;
     park();
 }

@@ -12,8 +12,6 @@
 
 namespace simt {
 
-std::string where(std::uint32_t offset);
-
 namespace {
 
 Cell* map_cells(std::size_t count) {

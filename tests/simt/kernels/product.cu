@@ -90,13 +90,14 @@ __global__ void product_kernel(int rows, int depth, int pitch, const char* a, co
 }
 
 template <Kind kind>
-__global__ void mma_kernel(const std::uint32_t* a, const std::uint32_t* b, float* d) {
+__global__ void mma_kernel(const std::uint32_t* a, const std::uint32_t* b, const float* c,
+                           float* d) {
     const int lane = threadIdx.x;
     std::uint32_t fragment_a[4], fragment_b[2];
     float sums[4];
     for (int i = 0; i < 4; ++i) fragment_a[i] = a[lane * 4 + i];
     for (int i = 0; i < 2; ++i) fragment_b[i] = b[lane * 2 + i];
-    for (int i = 0; i < 4; ++i) sums[i] = d[lane * 4 + i];
+    for (int i = 0; i < 4; ++i) sums[i] = c[lane * 4 + i];
     mma<kind>(sums, fragment_a, fragment_b);
     for (int i = 0; i < 4; ++i) d[lane * 4 + i] = sums[i];
 }
@@ -143,10 +144,12 @@ ZF_EXPORT const char* product(int bug, int kind, int rows, int depth, int pitch,
     });
 }
 
-ZF_EXPORT const char* multiply(int kind, const std::uint32_t* a, const std::uint32_t* b, float* d) {
+ZF_EXPORT const char* multiply(int kind, const std::uint32_t* a, const std::uint32_t* b,
+                               const float* c, float* d) {
     return message_of([&] {
         with_constant<3>(kind, [&](auto kind_) {
-            launch(mma_kernel<Kind(decltype(kind_)::value)>, dim3(1), dim3(32), 0, Exec{}, a, b, d);
+            launch(mma_kernel<Kind(decltype(kind_)::value)>, dim3(1), dim3(32), 0, Exec{}, a, b, c,
+                   d);
         });
     });
 }
