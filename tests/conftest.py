@@ -61,3 +61,11 @@ def _cpu_level() -> str:
 def emulator() -> Emulator:
     """The CUDA kernels on the checking emulator, compiled at first use."""
     return Emulator(build.backend())
+
+
+@pytest.fixture
+def threads():
+    """``threads(2)`` sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
