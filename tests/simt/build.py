@@ -43,7 +43,7 @@ def _module(name: str, kernels: Sequence[Path], fast: bool, flags: Sequence[str]
         common.append("-DZF_SIMT_FAST")
     # Only the kernels carry the hooks. -march=native so that fmaf is an instruction, as on a GPU.
     hooks = "-O2 -fsanitize=thread,alignment --param=tsan-instrument-func-entry-exit=0"
-    kernel = ["-x", "c++", *common, "-march=native", "-Wno-unknown-pragmas", *([] if fast else hooks.split()), *flags]
+    kernel = ["-x", "c++", *common, "-march=native", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", *([] if fast else hooks.split()), *flags]
     objects = [(path, "cxx", kernel) for path in kernels]
     objects += [(path, "cxx", [*common, "-DZF_SIMT_BACKEND"] if bindings else common) for path in RUNTIME]
     if bindings:

@@ -58,10 +58,7 @@ std::string text(const char* format, ...) {
     return result;
 }
 
-std::uint32_t code_offset(const void* pc) {
-    static const char* const base = load_address();
-    return std::uint32_t(static_cast<const char*>(pc) - base);
-}
+const char* const code_base = load_address();
 
 // A return address is one past the call: look up the byte before.
 std::string where(const void* pc) {
@@ -73,7 +70,7 @@ std::string where(const void* pc) {
     }
     return places;
 }
-std::string where(std::uint32_t offset) { return where(load_address() + offset); }
+std::string where(std::uint32_t offset) { return where(code_base + offset); }
 std::string function_at(const void* start) {
     const std::vector<std::string> lines = look_up(start);
     return lines.empty() ? "?" : lines[0];

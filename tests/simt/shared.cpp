@@ -66,8 +66,6 @@ void* shared_array(const void* key, const char* name, std::size_t bytes) {
     return add(key, name, bytes);
 }
 
-bool in_shared(std::uintptr_t address) { return address - std::uintptr_t(arena) < kArenaBytes; }
-
 void check_shared_bounds(std::uintptr_t address, unsigned bytes, const void* pc) {
     const Array* nearest = nullptr;
     for (const Array& array : arrays) {
