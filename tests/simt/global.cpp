@@ -68,7 +68,7 @@ void check_global(std::uintptr_t address, unsigned bytes, Access access, const v
 extern "C" __attribute__((visibility("default"))) void zf_simt_register(
     std::uintptr_t address, std::size_t bytes, int writable, const char* name) {
     Region region{address, address + bytes, !writable, name, {}};
-    if (writable && bytes > 0) region.shadow.map(region.begin, region.end);
+    if (kChecked && writable && bytes > 0) region.shadow.map(region.begin, region.end);
     regions.push_back(std::move(region));
 }
 
@@ -81,6 +81,7 @@ extern "C" __attribute__((visibility("default"))) void zf_simt_forget() {
 // The first byte of a registered output that no thread has written, or -1.
 extern "C" __attribute__((visibility("default"))) std::int64_t zf_simt_unwritten(
     std::uintptr_t address) {
+    if (!kChecked) return -1;
     for (const Region& region : regions) {
         if (region.begin != address || region.read_only) continue;
         const Shadow& shadow = region.shadow;
