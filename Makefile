@@ -23,7 +23,7 @@ gpu-tests: $(VENV)/test
 	$(BIN)/pytest -m gpu
 
 kernels: $(VENV)/test
-	$(BIN)/python tests/static/report.py > docs/kernels.md
+	$(BIN)/python tests/static/cubins.py > docs/kernels.md
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
