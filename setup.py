@@ -1,6 +1,5 @@
 """Builds the compiled core: chooses between CPU and CUDA and says which; the rest is csrc/build.py."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -22,27 +21,13 @@ def say(message):
         pass  # no terminal
 
 
-def choose_toolkit():
-    """The CUDA toolkit to build with, or None for a CPU-only build, by ZFCUDA_CUDA=auto|on|off."""
-    choice = os.environ.get("ZFCUDA_CUDA", "auto")
-    if choice not in ("auto", "on", "off"):
-        sys.exit(f"zfcuda: ZFCUDA_CUDA is {choice!r}; it must be auto, on or off")
-    toolkit = build.find_toolkit() if choice != "off" else None
-    if choice == "on" and toolkit is None:
-        sys.exit(
-            "zfcuda: ZFCUDA_CUDA=on, but there is no nvcc, 12.4 or later, in CUDA_HOME, on the PATH or from pip; "
-            f"install a CUDA toolkit, or: pip install {' '.join(build.NVCC_PACKAGES)}"
-        )
-    return toolkit
-
-
 class NinjaBuild(build_ext):
     """Builds the modules of csrc/build.py instead of the placeholder that makes the wheel a platform's."""
 
     def run(self):
         if sys.platform != "linux":
             sys.exit(f"zfcuda: supports Linux, not {sys.platform}")
-        toolkit, modules = choose_toolkit(), build.cpu_modules()
+        toolkit, modules = build.choose_toolkit(), build.cpu_modules()
         if toolkit:
             archs = build.choose_archs(toolkit)
             modules.append(build.cuda_module(toolkit, archs))
