@@ -35,14 +35,19 @@ class NinjaBuild(build_ext):
             say(f"zfcuda: building for the CPU and CUDA {major}.{minor}, sm_{' sm_'.join(map(str, archs))}")
         else:
             say("zfcuda: building for the CPU only, without CUDA kernels (ZFCUDA_CUDA=on asks for them)")
-        self.extensions = [Extension(f"zfcuda.core.{module.name}", []) for module in modules]
         out = (HERE if self.inplace else Path(self.build_lib).resolve()) / "zfcuda/core"
         out.mkdir(parents=True, exist_ok=True)
         build.ninja(modules, out, HERE / "build/ninja", toolkit)
-        built = {Path(self.get_ext_filename(module.name)).name for module in modules}
+        self.built = [str(out / Path(self.get_ext_filename(module.name)).name) for module in modules]
         for module in out.glob("_*.so"):
-            if module.name not in built:  # of an earlier build with other choices
+            if str(module) not in self.built:  # of an earlier build with other choices
                 module.unlink()
+
+    def get_outputs(self):
+        return self.built
+
+    def get_output_mapping(self):
+        return {}  # an editable installation finds the modules in the source tree, where they were built
 
 
 setup(ext_modules=[Extension("zfcuda.core._core", [])], cmdclass={"build_ext": NinjaBuild})
