@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
     LAYOUTS,
+    NATIVE,
     Sample,
     agree_or_both_refuse,
-    channels_innermost,
     check_compiled,
     check_registration,
     check_values,
@@ -28,15 +28,15 @@ def torchs(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 def sample_inputs():
     return [
-        Sample([normal(2, 3, 9, 8), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)], dict(stride=2, padding=1)),
-        Sample([normal(2, 3, 9, 8), normal(5, 3, 3, 2, seed=1), None], dict(padding=(2, 0), dilation=(2, 3))),
-        Sample([normal(1, 6, 7, 7), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)], dict(groups=2)),
-        Sample([normal(2, 4, 6, 5), normal(8, 1, 3, 3, seed=1), None], dict(groups=4, padding=1)),  # depthwise
+        Sample([normal(2, 3, 9, 8), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)], {"stride": 2, "padding": 1}),
+        Sample([normal(2, 3, 9, 8), normal(5, 3, 3, 2, seed=1), None], {"padding": (2, 0), "dilation": (2, 3)}),
+        Sample([normal(1, 6, 7, 7), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)], {"groups": 2}),
+        Sample([normal(2, 4, 6, 5), normal(8, 1, 3, 3, seed=1), None], {"groups": 4, "padding": 1}),  # depthwise
         Sample([normal(1, 5, 4, 5), normal(3, 5, 1, 1, seed=1), normal(3, seed=2)]),  # 5 terms a sum
         Sample([normal(1, 3, 5, 6), normal(2, 3, 5, 6, seed=1), normal(2, seed=2)]),  # one position
-        Sample([normal(1, 1, 8, 8), normal(1, 1, 2, 2, seed=1), None], dict(stride=3)),  # rest of 0 and 2 pixels
-        Sample([normal(1, 3, 2, 3), normal(2, 3, 3, 3, seed=1), None], dict(padding=4, stride=5)),  # only padding seen
-        Sample([normal(0, 3, 9, 8), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)], dict(stride=2)),
+        Sample([normal(1, 1, 8, 8), normal(1, 1, 2, 2, seed=1), None], {"stride": 3}),  # rest of 0 and 2
+        Sample([normal(1, 3, 2, 3), normal(2, 3, 3, 3, seed=1), None], {"padding": 4, "stride": 5}),  # padding
+        Sample([normal(0, 3, 9, 8), normal(4, 3, 3, 3, seed=1), normal(4, seed=2)], {"stride": 2}),
     ]
 
 
@@ -60,7 +60,10 @@ def test_memory_formats(backend):
     """Activations follow the input's format, the gradient of the weight has the weight's strides."""
     sample = sample_inputs()[0].on(backend.device, torch.float32)
     x, weight, bias = sample.tensors
-    for image, filters in ((torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last)):
+    for image, filters in (
+        (torch.channels_last, torch.contiguous_format),
+        (torch.contiguous_format, torch.channels_last),
+    ):
         x = x.detach().contiguous(memory_format=image).requires_grad_()
         weight = weight.detach().contiguous(memory_format=filters).requires_grad_()
         output = ops.conv2d_relu(x, weight, bias, **sample.options)
@@ -69,16 +72,19 @@ def test_memory_formats(backend):
         assert grad_weight.stride() == weight.stride()
 
 
+@NATIVE
 @SAMPLES
 def test_registration(backend, sample):
     check_registration(ops.conv2d_relu, sample.on(backend.device, torch.float32))
 
 
+@NATIVE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiled(backend, layout):
     check_compiled(ops.conv2d_relu, sample_inputs()[0].on(backend.device, torch.float32, layout))
 
 
+@NATIVE
 @pytest.mark.parametrize("number", [0, 2])
 def test_gradcheck(backend, number):
     sample = sample_inputs()[number].on(backend.device, torch.float64)
@@ -91,11 +97,13 @@ def test_a_second_derivative_is_refused(backend):
     sample = sample_inputs()[0].on(backend.device, torch.float64)
     output = sample.call(ops.conv2d_relu)
     (gradient,) = torch.autograd.grad(output.square().sum(), sample.tensors[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="conv2d_relu.*first derivatives only"):
+    with pytest.raises(RuntimeError, match=r"conv2d_relu.*first derivatives only"):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)])
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
+)
 def test_only_the_gradients_asked_for(backend, needed, monkeypatch):
     """… are computed: the core is called for no other."""
     from zfcuda import core
@@ -126,20 +134,20 @@ def test_the_rectifier_at_zero_and_at_nan(backend):
 
 
 CASES = st.fixed_dictionaries(
-    dict(
-        batch=st.integers(1, 2),
-        groups=st.integers(1, 3),
-        rows=st.integers(1, 4),
-        columns=st.integers(1, 3),
-        off=st.sampled_from([0, 0, 0, 0, 1]),  # channels that the input has too many
-        size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-        kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-        stride=st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 1, 2, 3, 0])),
-        padding=st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 0, 1, -1])),
-        dilation=st.tuples(st.integers(1, 2), st.sampled_from([1, 1, 2, 3, 0])),
-        bias=st.booleans(),
-        seed=st.integers(0, 99),
-    )
+    {
+        "batch": st.integers(1, 2),
+        "groups": st.integers(1, 3),
+        "rows": st.integers(1, 4),
+        "columns": st.integers(1, 3),
+        "off": st.sampled_from([0, 0, 0, 0, 1]),  # channels that the input has too many
+        "size": st.tuples(st.integers(1, 9), st.integers(1, 9)),
+        "kernel": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "stride": st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 1, 2, 3, 0])),
+        "padding": st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 0, 1, -1])),
+        "dilation": st.tuples(st.integers(1, 2), st.sampled_from([1, 1, 2, 3, 0])),
+        "bias": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
 )
 
 
@@ -192,7 +200,7 @@ def test_refuses(backend, error, message, call):
 
 
 def test_the_same_bits_with_any_number_of_threads(backend, threads):
-    sample = Sample([normal(3, 5, 20, 21), normal(7, 5, 3, 3, seed=1), normal(7, seed=2)], dict(stride=2, padding=1))
+    sample = Sample([normal(3, 5, 20, 21), normal(7, 5, 3, 3, seed=1), normal(7, seed=2)], {"stride": 2, "padding": 1})
     runs = []
     for count in (1, 2, 2):
         threads(count)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
     LAYOUTS,
+    NATIVE,
     Sample,
     agree_or_both_refuse,
     channels_innermost,
@@ -35,7 +36,7 @@ def torchs(signal, weight, bias=None, *arguments, gate="deconvnet", forward=None
 
 def gated(gate, tensors, **options):
     """A sample with what the gate needs."""
-    forward = dict(forward=whole_numbers(*tensors[0].shape, seed=7).relu()) if gate in ("backprop", "guided") else {}
+    forward = {"forward": whole_numbers(*tensors[0].shape, seed=7).relu()} if gate in ("backprop", "guided") else {}
     return Sample(tensors, dict(**options, gate=gate, **forward))
 
 
@@ -85,17 +86,20 @@ def test_memory_formats(backend):
             assert gradient.stride() == leaf.stride()
 
 
+@NATIVE
 @SAMPLES
 def test_registration(backend, sample):
     check_registration(ops.deconv2d, sample.on(backend.device, torch.float32))
 
 
+@NATIVE
 @pytest.mark.parametrize("gate", GATES)
 def test_compiled(backend, gate):
     sample = sample_inputs()[GATES.index(gate)].on(backend.device, torch.float32, "channels_last")
     check_compiled(ops.deconv2d, sample)
 
 
+@NATIVE
 @pytest.mark.parametrize("gate", GATES)
 def test_gradcheck(backend, gate):
     sample = gated(gate, [normal(1, 2, 3, 4), normal(2, 3, 3, 2, seed=1), normal(3, seed=2)], stride=2, padding=1)
@@ -107,7 +111,7 @@ def test_a_second_derivative_is_refused(backend):
     sample = sample_inputs()[1].on(backend.device, torch.float64)
     output = sample.call(ops.deconv2d)
     (gradient,) = torch.autograd.grad(output.square().sum(), sample.tensors[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="deconv2d.*first derivatives only"):
+    with pytest.raises(RuntimeError, match=r"deconv2d.*first derivatives only"):
         gradient.sum().backward()
 
 
@@ -128,7 +132,7 @@ def test_every_gate_at_every_sign(backend):
     signal, forward = (t.reshape(-1, 1, 1, 1) for t in torch.meshgrid(values, values, indexing="ij"))
     one = torch.ones(1, 1, 1, 1)
     for gate in GATES:
-        options = dict(gate=gate, forward=forward if gate in ("backprop", "guided") else None)
+        options = {"gate": gate, "forward": forward if gate in ("backprop", "guided") else None}
         expected = torchs(signal, one, **options)
         placed = Sample([signal, one], options).on(backend.device, torch.float32)
         output = placed.call(ops.deconv2d)
@@ -140,22 +144,22 @@ def test_every_gate_at_every_sign(backend):
 
 
 CASES = st.fixed_dictionaries(
-    dict(
-        batch=st.integers(1, 2),
-        groups=st.integers(1, 3),
-        rows=st.integers(1, 3),
-        columns=st.integers(1, 4),
-        off=st.sampled_from([0, 0, 0, 0, 1]),
-        size=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-        kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-        stride=st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 1, 2, 3, 0])),
-        padding=st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 0, 1, -1])),
-        output_padding=st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 0, 0, 1, -1])),
-        dilation=st.tuples(st.integers(1, 2), st.sampled_from([1, 1, 2, 3, 0])),
-        bias=st.booleans(),
-        gate=st.sampled_from(GATES),
-        seed=st.integers(0, 99),
-    )
+    {
+        "batch": st.integers(1, 2),
+        "groups": st.integers(1, 3),
+        "rows": st.integers(1, 3),
+        "columns": st.integers(1, 4),
+        "off": st.sampled_from([0, 0, 0, 0, 1]),
+        "size": st.tuples(st.integers(1, 6), st.integers(1, 6)),
+        "kernel": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "stride": st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 1, 2, 3, 0])),
+        "padding": st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 0, 1, -1])),
+        "output_padding": st.tuples(st.integers(0, 2), st.sampled_from([0, 0, 0, 0, 1, -1])),
+        "dilation": st.tuples(st.integers(1, 2), st.sampled_from([1, 1, 2, 3, 0])),
+        "bias": st.booleans(),
+        "gate": st.sampled_from(GATES),
+        "seed": st.integers(0, 99),
+    }
 )
 NAMES = ("stride", "padding", "output_padding", "dilation", "groups", "weight")
 

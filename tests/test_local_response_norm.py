@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
     LAYOUTS,
+    NATIVE,
     Sample,
     channels_innermost,
     check_compiled,
@@ -19,17 +20,17 @@ from oracles import (
 
 from zfcuda import ops, reference
 
-PAPER = dict(size=5, alpha=5e-4, beta=0.75, k=2.0)
+PAPER = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
 
 
 def sample_inputs():
     return [
         Sample([normal(2, 9, 5, 4)], PAPER),
-        Sample([normal(2, 7, 3, 4)], dict(size=4, alpha=0.7, beta=0.4, k=0.9)),
-        Sample([100 * normal(1, 6, 3, 3)], dict(size=5, alpha=1e-4, beta=0.75)),
-        Sample([normal(1, 3, 2, 2)], dict(size=9, alpha=0.5)),  # every window is clipped at both ends
-        Sample([normal(1, 1, 4, 4)], dict(size=1, alpha=2, beta=1, k=1)),
-        Sample([normal(0, 3, 4, 4)], dict(size=3)),
+        Sample([normal(2, 7, 3, 4)], {"size": 4, "alpha": 0.7, "beta": 0.4, "k": 0.9}),
+        Sample([100 * normal(1, 6, 3, 3)], {"size": 5, "alpha": 1e-4, "beta": 0.75}),
+        Sample([normal(1, 3, 2, 2)], {"size": 9, "alpha": 0.5}),  # every window is clipped at both ends
+        Sample([normal(1, 1, 4, 4)], {"size": 1, "alpha": 2, "beta": 1, "k": 1}),
+        Sample([normal(0, 3, 4, 4)], {"size": 3}),
     ]
 
 
@@ -62,9 +63,11 @@ def test_memory_format_follows_the_input(backend):
 def test_agrees_with_torch(backend):
     """Any window, torch's convention of alpha."""
     cases = st.tuples(
-        st.builds(normal, st.integers(1, 2), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), seed=st.integers(0, 99)),
+        st.builds(
+            normal, st.integers(1, 2), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), seed=st.integers(0, 99)
+        ),
         st.fixed_dictionaries(
-            dict(size=st.integers(1, 13), alpha=st.floats(0, 2), beta=st.floats(0, 2), k=st.floats(0.5, 3))
+            {"size": st.integers(1, 13), "alpha": st.floats(0, 2), "beta": st.floats(0, 2), "k": st.floats(0.5, 3)}
         ),
     )
     for_all(backend, cases, lambda case: check(Sample([case[0]], case[1]), backend, torch.float32))
@@ -78,16 +81,19 @@ def test_krizhevskys_alpha_is_not_divided(backend):
     torch.testing.assert_close(actual, expected)
 
 
+@NATIVE
 @SAMPLES
 def test_registration(backend, sample):
     check_registration(ops.local_response_norm, sample.on(backend.device, torch.float32))
 
 
+@NATIVE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiled(backend, layout):
     check_compiled(ops.local_response_norm, sample_inputs()[0].on(backend.device, torch.float32, layout))
 
 
+@NATIVE
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_gradcheck(backend, number):
     sample = sample_inputs()[number].on(backend.device, torch.float64)
@@ -99,7 +105,7 @@ def test_a_second_derivative_is_refused(backend):
     sample = sample_inputs()[0].on(backend.device, torch.float64)
     output = sample.call(ops.local_response_norm)
     (gradient,) = torch.autograd.grad(output.square().sum(), sample.leaves(), create_graph=True)
-    with pytest.raises(RuntimeError, match="local_response_norm.*first derivatives only"):
+    with pytest.raises(RuntimeError, match=r"local_response_norm.*first derivatives only"):
         gradient.sum().backward()
 
 
