@@ -56,7 +56,11 @@ def test_sizes_of_the_paper():
 
 def test_order_and_state_dict_keys():
     net = zfnet(fc_width=16)
-    assert [n for n, _ in net.named_children()] == ["conv1", "pool1", "norm1", "conv2", "pool2", "norm2", "conv3", "conv4", "conv5", "pool5", "flatten", "fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
+    names = " ".join(n for n, _ in net.named_children())
+    convolutional = "conv1 pool1 norm1 conv2 pool2 norm2 conv3 conv4 conv5 pool5"
+    assert names == f"{convolutional} flatten fc6 relu6 drop6 fc7 relu7 drop7 fc8"
+    before = zfnet(fc_width=16, norm="before")
+    assert " ".join(n for n, _ in before.named_children()).startswith("conv1 norm1 pool1 conv2 norm2 pool2 conv3")
     layers = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
     assert list(net.state_dict()) == [f"{n}.{p}" for n in layers for p in ("weight", "bias")]
 
@@ -129,6 +133,13 @@ def test_fully_connected_widths_of_table_3(width):
     convs = sum(p.numel() for n, p in net.named_parameters() if n.startswith("conv"))
     total = sum(p.numel() for p in net.parameters())
     assert total - convs == (9216 + 1) * width + (width + 1) * width + (width + 1) * 1000
+
+
+def test_slices_are_networks():
+    net = zfnet(widths=(4, 4, 4, 4, 4), fc_width=8).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(net[10:](net[:10](images)), net(images))
 
 
 def test_krizhevsky_sizes():

@@ -26,7 +26,7 @@
 namespace zfcuda {
 namespace {
 
-constexpr int kSide = 64;             // of the tile of results
+constexpr int kSide = 64;              // of the tile of results
 constexpr std::int64_t kBlocks = 528;  // to be reached with splits: four for each SM of an H100
 
 struct GradientPlan {
@@ -49,7 +49,7 @@ ZF_HD void split_column(const ConvShape& s, std::int64_t j, std::int64_t& i, std
 }
 
 template <typename T, bool kChannelsLast, int kVector>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     weight_gradient_kernel(GradientPlan p, const T* image, const T* signal, const T* forward,
                            T* partial) {
     using Product = Tile<T, kSide, kSide>;
@@ -93,27 +93,28 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const Odometer depth(kDepth, width, height), step(kStep, width, height);
     Odometer pixel(split * p.split_pixels + load_k, width, height);
 
-    T staged_left[kLoads][kVector], staged_right[kLoads][kVector];
-    auto fetch_one = [&](const Odometer& at, int column, T (&to_left)[kVector],
-                         T (&to_right)[kVector]) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) to_left[i] = to_right[i] = T(0);
-        if (at.high >= s.batch) return;
+    Vector<T, kVector> staged_left[kLoads], staged_right[kLoads];
+    auto fetch_left = [&](const Odometer& at, int column) -> Vector<T, kVector> {
         const std::int64_t row = first_row + column;
-        if (row < row_count)
-            load(signal, forward,
-                 maps.offset(at.high, group * row_count + row, at.middle, at.low), to_left);
+        if (at.high >= s.batch || row >= row_count) return {};
+        return load_gated<T, kVector>(
+            signal, forward, maps.offset(at.high, group * row_count + row, at.middle, at.low));
+    };
+    auto fetch_right = [&](const Odometer& at, int column) -> Vector<T, kVector> {
         const Column tap = columns[column];
         const std::int64_t y = at.middle * s.stride_h, x = at.low * s.stride_w;
-        if (y + tap.y >= 0 && y + tap.y < from.height && x + tap.x >= 0 && x + tap.x < from.width)
-            load<T>(image, nullptr, from.offset(at.high, 0, y, x) + tap.offset, to_right);
+        const bool inside = at.high < s.batch && y + tap.y >= 0 && y + tap.y < from.height &&
+                            x + tap.x >= 0 && x + tap.x < from.width;
+        if (!inside) return {};
+        return load_vector<T, kVector>(image + from.offset(at.high, 0, y, x) + tap.offset);
     };
     auto fetch = [&]() {
         Odometer at = pixel;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            fetch_one(at, kChannelsLast ? load_column : load_column + i * kStep, staged_left[i],
-                      staged_right[i]);
+            const int column = kChannelsLast ? load_column : load_column + i * kStep;
+            staged_left[i] = fetch_left(at, column);
+            staged_right[i] = fetch_right(at, column);
             if (kChannelsLast) at.advance(step, width, height);
         }
         pixel.advance(depth, width, height);
@@ -126,15 +127,17 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                 const int k = kChannelsLast ? load_k + i * kStep : load_k;
                 const int column = kChannelsLast ? load_column + j : load_column + i * kStep;
                 const int slot = buffer * kDepth * kSide + tile_slot<kSide>(k, column);
-                left[slot] = p.rectify ? rectify(staged_left[i][j]) : staged_left[i][j];
-                right[slot] = staged_right[i][j];
+                const T value = staged_left[i].value[j];
+                left[slot] = p.rectify ? rectify(value) : value;
+                right[slot] = staged_right[i].value[j];
             }
     };
 
     typename Product::Accumulator sum = {};
     const std::int64_t pixels = s.batch * s.out_height * s.out_width;
     const std::int64_t rest = pixels - split * p.split_pixels;
-    const std::int64_t chunks = ((rest < p.split_pixels ? rest : p.split_pixels) + kDepth - 1) / kDepth;
+    const std::int64_t chunks =
+        ((rest < p.split_pixels ? rest : p.split_pixels) + kDepth - 1) / kDepth;
     fetch();
     stash(0);
     __syncthreads();
@@ -178,9 +181,8 @@ __global__ void bias_gradient_kernel(ConvShape s, bool rectified, std::int64_t s
 
     T sum = T(0);
     auto add = [&](std::int64_t offset) {
-        T value[1];
-        load(signal, forward, offset, value);
-        sum += rectified ? rectify(value[0]) : value[0];
+        const T value = load_gated<T, 1>(signal, forward, offset).value[0];
+        sum += rectified ? rectify(value) : value;
     };
     if (channel < s.out_channels) {
         if (kChannelsLast) {
@@ -287,11 +289,11 @@ template <typename T, bool kChannelsLast>
 void gradients(const ConvShape& s, bool rectified, Address image, Address signal, Address forward,
                Address grad_weight, Address grad_bias, Address workspace, const Exec& exec) {
     const bool vector = kChannelsLast && sizeof(T) == 4 && s.in_per_group() % 4 == 0 &&
-                        s.out_per_group() % 4 == 0 && aligned16(image.value) &&
-                        aligned16(signal.value) && aligned16(forward.value);
+                        s.out_per_group() % 4 == 0 && aligned(image, signal, forward);
     constexpr int kVector = kChannelsLast && sizeof(T) == 4 ? 4 : 1;
-    (vector ? weight_gradient<T, kChannelsLast, kVector> : weight_gradient<T, kChannelsLast, 1>)(
-        s, rectified, image, signal, forward, grad_weight, workspace, exec);
+    (vector ? weight_gradient<T, kChannelsLast, kVector>
+            : weight_gradient<T, kChannelsLast, 1>)(s, rectified, image, signal, forward,
+                                                    grad_weight, workspace, exec);
     if (grad_bias)
         bias_gradient<T, kChannelsLast>(s, rectified, signal, forward, grad_bias,
                                         workspace.as<T>() + weight_partials(s), exec);
@@ -305,8 +307,8 @@ std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, c
 }
 
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
-                            Address signal, Address forward, Address grad_weight,
-                            Address grad_bias, Address workspace, const Exec& exec) {
+                            Address signal, Address forward, Address grad_weight, Address grad_bias,
+                            Address workspace, const Exec& exec) {
     const auto run = [&](auto compute) {
         compute(s, (static_cast<int>(gate) & kRectify) != 0, image, signal, mask_of(gate, forward),
                 grad_weight, grad_bias, workspace, exec);

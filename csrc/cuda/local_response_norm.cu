@@ -3,7 +3,8 @@
 //   d[c] = k + alpha / size * sum of x² over channels c - size/2 … c + (size-1)/2
 //   y[c] = x[c] * d[c]^-beta
 //   grad_x[c] = g[c] * d[c]^-beta
-//               - 2 * beta * alpha / size * x[c] * sum of t over channels c - (size-1)/2 … c + size/2
+//               - 2 * beta * alpha / size * x[c] * sum of t over channels c - (size-1)/2 … c +
+//               size/2
 //   t[j] = g[j] * x[j] * d[j]^(-beta-1)
 //
 //          32 pixels
@@ -26,8 +27,7 @@
 namespace zfcuda {
 namespace {
 
-constexpr int kThreads = 256, kSide = 32, kResults = kSide * kSide / kThreads, kStage = 48;
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kSide = 32, kStage = 48;
 
 template <typename T>
 struct Norm {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t end = tile.channel + kSide + after;
     const std::int64_t last = end < s.channels ? end : s.channels;
 
-    T sums[kResults] = {};
+    const T factor = 2 * norm.beta * norm.scale;
     for (std::int64_t stage = first; stage < last; stage += kStage) {
         const int channels = static_cast<int>(last - stage < kStage ? last - stage : kStage);
         const int slow_count = s.channels_last ? kSide : channels;
@@ -129,26 +129,25 @@ __global__ void __launch_bounds__(kThreads)
                 terms[channel * (kSide + 1) + pixel] = term;
             }
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kResults; ++i) {
-            const int slow = warp + i * kWarps;
-            const std::int64_t c = tile.channel + (s.channels_last ? lane : slow) - stage;
+        for (int slow = warp; slow < kSide; slow += kWarps) {
+            const std::int64_t c = tile.channel + (s.channels_last ? lane : slow);
             const int pixel = s.channels_last ? slow : lane;
-            const int begin = static_cast<int>(c > before ? c - before : 0);
-            const int stop = static_cast<int>(c + after + 1 < channels ? c + after + 1 : channels);
-            for (int j = begin; j < stop; ++j) sums[i] += terms[j * (kSide + 1) + pixel];
+            const std::int64_t column = column_offset(s, tile.pixel + pixel);
+            if (column < 0 || c >= s.channels) continue;
+            const std::int64_t begin = c - before > stage ? c - before - stage : 0;
+            const std::int64_t stop =
+                c + after + 1 - stage < channels ? c + after + 1 - stage : channels;
+            T sum = T(0);
+            for (std::int64_t j = begin; j < stop; ++j) sum += terms[j * (kSide + 1) + pixel];
+            const std::int64_t offset = column + c * step;
+            // Stages add up in the result, where each thread finds its own again.
+            const T before_stage =
+                stage > first
+                    ? grad_input[offset]
+                    : grad_output[offset] / norm.power(norm.denominator(input + column, step, c));
+            grad_input[offset] = before_stage - factor * input[offset] * sum;
         }
         __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < kResults; ++i) {
-        const int slow = warp + i * kWarps;
-        const std::int64_t c = tile.channel + (s.channels_last ? lane : slow);
-        const std::int64_t column = column_offset(s, tile.pixel + (s.channels_last ? slow : lane));
-        if (column < 0 || c >= s.channels) continue;
-        const std::int64_t offset = column + c * step;
-        const T own = grad_output[offset] / norm.power(norm.denominator(input + column, step, c));
-        grad_input[offset] = own - 2 * norm.beta * norm.scale * input[offset] * sums[i];
     }
 }
 

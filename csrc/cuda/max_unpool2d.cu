@@ -77,8 +77,7 @@ __device__ void for_each_window(const Windows& w, const Place& place, Body&& bod
         if (i < 0) continue;
         for (int ox = w.x.first(place.x); ox <= last_x; ++ox) {
             const int j = w.x.tap(place.x, ox);
-            if (j >= 0)
-                body(w.pooled.offset(place.slab, oy, ox, place.inner), i * w.x.kernel + j);
+            if (j >= 0) body(w.pooled.offset(place.slab, oy, ox, place.inner), i * w.x.kernel + j);
         }
     }
 }
@@ -120,9 +119,10 @@ __global__ void __launch_bounds__(kThreads)
             for_each_window(w, target, [&](std::int64_t offset, int here) {
                 if (switches[offset] == here) owner = offset;
             });
-        pooled[index] = owner == index ? unpooled[w.unpooled.offset(target.slab, target.y, target.x,
-                                                                    target.inner)]
-                                       : T(0);
+        pooled[index] =
+            owner == index
+                ? unpooled[w.unpooled.offset(target.slab, target.y, target.x, target.inner)]
+                : T(0);
     });
 }
 

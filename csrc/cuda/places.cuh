@@ -10,7 +10,7 @@
 
 #include <limits>
 
-#include "port.cuh"
+#include "vector.cuh"
 
 namespace zfcuda {
 
@@ -93,29 +93,6 @@ __device__ void for_each_place(const Places& places, Body&& body) {
         if (first + step >= places.count) break;
         body(first + step, places.find(first, step));
     }
-}
-
-// Neighbours that are loaded and stored at once.
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-    T value[kVector];
-};
-
-template <typename T, int kVector>
-__device__ Vector<T, kVector> load_vector(const T* from) {
-    return *reinterpret_cast<const Vector<T, kVector>*>(from);
-}
-
-template <typename T, int kVector>
-__device__ void store_vector(T* to, const Vector<T, kVector>& vector) {
-    *reinterpret_cast<Vector<T, kVector>*>(to) = vector;
-}
-
-// Whether channels go four at a time: float32 in NHWC, whole packs, aligned addresses.
-template <typename... Addresses>
-bool four_channels(const Layout& l, Dtype dtype, Addresses... addresses) {
-    return l.channels_last && dtype == Dtype::float32 && l.channels % 4 == 0 &&
-           ((reinterpret_cast<std::uintptr_t>(addresses.value) % 16 == 0) && ...);
 }
 
 }  // namespace zfcuda

@@ -68,7 +68,7 @@ struct TapPlan {
     int padded_columns;
     int row_tiles, column_tiles;
     bool rectify;  // the source of the transposed convolution, the result of the other
-    bool quads;  // four results that are neighbours in memory are stored at once
+    bool quads;    // four results that are neighbours in memory are stored at once
 };
 
 // Where a pixel of the result reads (before the taps) and where it is stored.
@@ -78,7 +78,7 @@ struct alignas(16) TapPixel {
 };
 
 template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     tap_gemm_kernel(TapPlan p, const T* source, const T* packed, const T* bias, const T* forward,
                     T* result) {
     constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<T>::size;
@@ -114,11 +114,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         const bool inside = pixel < pixel_count;
         pixels[thread] = {p.source.offset(n, std::int64_t(group) * p.channels, from_y, from_x),
                           inside ? static_cast<int>(from_y) : kOutside, static_cast<int>(from_x)};
-        targets[thread] =
-            inside ? p.result.offset(n, std::int64_t(group) * p.columns,
-                                     kTransposed ? phase_y + y * p.y.stride : y,
-                                     kTransposed ? phase_x + x * p.x.stride : x)
-                   : -1;
+        targets[thread] = inside ? p.result.offset(n, std::int64_t(group) * p.columns,
+                                                   kTransposed ? phase_y + y * p.y.stride : y,
+                                                   kTransposed ? phase_x + x * p.x.stride : x)
+                                 : -1;
     }
     __syncthreads();
 
@@ -139,30 +138,27 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const std::int64_t step_x = p.x.offset_step * p.source.step_x();
     const std::int64_t step_channel = kChannelsLast ? 1 : p.source.step_channel();
 
-    T staged[kLoads][kVector];
+    Vector<T, kVector> staged[kLoads];
     Pack<T> staged_right;
 
-    auto fetch_left = [&](const TapPixel& pixel, const Odometer& at, T (&to)[kVector]) {
-        const int y = pixel.y + at.high * p.y.offset_step, x = pixel.x + at.middle * p.x.offset_step;
-        const bool inside = at.high < rows.count && y >= 0 && y < p.source.height && x >= 0 &&
-                            x < p.source.width;
-        const std::int64_t offset =
-            pixel.source + at.high * step_y + at.middle * step_x + at.low * step_channel;
-        if (inside) {
-            load<T>(source, kTransposed ? forward : nullptr, offset, to);
-        } else {
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) to[i] = T(0);
-        }
+    auto fetch_left = [&](const TapPixel& pixel, const Odometer& at) -> Vector<T, kVector> {
+        const int y = pixel.y + at.high * p.y.offset_step,
+                  x = pixel.x + at.middle * p.x.offset_step;
+        const bool inside =
+            at.high < rows.count && y >= 0 && y < p.source.height && x >= 0 && x < p.source.width;
+        if (!inside) return {};
+        return load_gated<T, kVector>(
+            source, kTransposed ? forward : nullptr,
+            pixel.source + at.high * step_y + at.middle * step_x + at.low * step_channel);
     };
     auto fetch = [&]() {
         Odometer at = left_at;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             if constexpr (kChannelsLast) {
-                fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], at, staged[i]);
+                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], at);
             } else {
-                fetch_left(pixels[load_row], at, staged[i]);
+                staged[i] = fetch_left(pixels[load_row], at);
                 at.advance(one, p.channels, width);
             }
         }
@@ -172,13 +168,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                                      columns.first + right_at.middle * p.x.tap_step;
             const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
             const std::int64_t row = (group * taps + tap) * p.channels + right_at.low;
-            if (right_at.high < rows.count) {
-                staged_right = *reinterpret_cast<const Pack<T>*>(
-                    packed + row * p.padded_columns + first_column + right_column);
-            } else {
-#pragma unroll
-                for (int i = 0; i < kPack; ++i) staged_right.value[i] = T(0);
-            }
+            staged_right = {};
+            if (right_at.high < rows.count)
+                staged_right = load_vector<T, kPack>(packed + row * p.padded_columns +
+                                                     first_column + right_column);
             right_at.advance(step, p.channels, width);
         }
     };
@@ -190,13 +183,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
             for (int j = 0; j < kVector; ++j) {
                 const int k = kChannelsLast ? load_k + j : load_k + i;
                 const int row = kChannelsLast ? load_row + i * (kTileThreads / kLanes) : load_row;
-                const T value = staged[i][j];
-                to[tile_slot<kM>(k, row)] =
-                    kTransposed && p.rectify ? rectify(value) : value;
+                const T value = staged[i].value[j];
+                to[tile_slot<kM>(k, row)] = kTransposed && p.rectify ? rectify(value) : value;
             }
         if (loads_right)
-            *reinterpret_cast<Pack<T>*>(right + buffer * kDepth * kN +
-                                        tile_slot<kN>(right_k, right_column)) = staged_right;
+            store_vector(right + buffer * kDepth * kN + tile_slot<kN>(right_k, right_column),
+                         staged_right);
     };
 
     typename Tile::Accumulator sum = {};
@@ -247,14 +239,15 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 #pragma unroll
                     for (int f = 0; f < kPack; ++f)
                         pack.value[f] = finish(quad[e + f], offset + e + f);
-                    *reinterpret_cast<Pack<T>*>(result + offset + e) = pack;
+                    store_vector(result + offset + e, pack);
                 }
             } else {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const std::int64_t to = kChannelsLast ? target : targets[Tile::row(i + e)];
                     const int c = column + (kChannelsLast ? e : j);
-                    if (to >= 0 && c < p.columns) result[to + c * plane] = finish(quad[e], to + c * plane);
+                    if (to >= 0 && c < p.columns)
+                        result[to + c * plane] = finish(quad[e], to + c * plane);
                 }
             }
         }
@@ -271,7 +264,8 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
     const std::int64_t batches = kTransposed ? p.channels : 1;
     const std::int64_t length = kTransposed ? taps : taps * p.channels;
     const std::int64_t row_stride = length, batch_stride = p.columns * length;
-    const std::int64_t length_tiles = (length + 31) / 32, column_tiles = (p.padded_columns + 31) / 32;
+    const std::int64_t length_tiles = (length + 31) / 32,
+                       column_tiles = (p.padded_columns + 31) / 32;
     std::int64_t block = blockIdx.x;
     const std::int64_t first = block % length_tiles * 32;
     block /= length_tiles;
@@ -302,8 +296,8 @@ TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, st
     constexpr std::int64_t kLimit = 1 << 28;
     if (size > kLimit || kernel * dilation > kLimit || padding > kLimit || stride > kLimit)
         throw std::runtime_error("zfcuda: a side of a CUDA convolution is over 2^28 pixels");
-    TapAxis axis = {int(size), int(kernel), int(stride), int(padding), int(dilation), 1, 1,
-                    int(dilation), int(stride)};
+    TapAxis axis = {int(size), int(kernel), int(stride),   int(padding), int(dilation),
+                    1,         1,           int(dilation), int(stride)};
     if (kTransposed) {
         std::int64_t divisor = stride;
         for (std::int64_t rest = dilation; rest != 0;) {
@@ -369,7 +363,7 @@ void launch_tap_gemm(TapPlan p, Address source, Address packed, Address bias, Ad
     p.row_tiles = static_cast<int>(row_tiles);
     const std::int64_t neighbours = kChannelsLast ? p.columns : height * width;
     const bool dense = kChannelsLast || p.y.phases * p.x.phases == 1;
-    p.quads = dense && neighbours % 4 == 0 && aligned16(result.value);
+    p.quads = dense && neighbours % 4 == 0 && aligned(result);
     launch(tap_gemm_kernel<T, Tile, kTransposed, kChannelsLast, kVector>,
            dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), 0, exec, p,
            source.as<const T>(), packed.as<const T>(), bias.as<const T>(), forward.as<const T>(),
@@ -379,8 +373,8 @@ void launch_tap_gemm(TapPlan p, Address source, Address packed, Address bias, Ad
 template <typename T, bool kTransposed>
 void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const Exec& exec) {
     const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-    const std::int64_t tiles = kTransposed ? (taps + 31) / 32 * p.channels
-                                           : (taps * p.channels + 31) / 32;
+    const std::int64_t tiles =
+        kTransposed ? (taps + 31) / 32 * p.channels : (taps * p.channels + 31) / 32;
     const std::int64_t blocks = tiles * ((p.padded_columns + 31) / 32) * p.groups;
     if (blocks == 0) return;
     launch(pack_weights_kernel<T, kTransposed>, dim3(static_cast<unsigned>(blocks)),
@@ -406,8 +400,7 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Gate gate, Address source, Addres
     using Wide = Tile<float, 128, 64>;
     using Narrow = Tile<float, 256, 16>;
     launch_pack_weights<float, kTransposed>(p, weight, workspace, exec);
-    const bool vector = channels_last && p.channels % 4 == 0 && aligned16(source.value) &&
-                        aligned16(forward.value);
+    const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);
     if (narrow(p.columns, dtype)) {
         if (vector) return multiply(launch_tap_gemm<float, Narrow, kTransposed, true, 4>);
         if (channels_last) return multiply(launch_tap_gemm<float, Narrow, kTransposed, true, 1>);

@@ -12,18 +12,15 @@
 // c ^ swizzle(k), which spreads four k quads over the banks and keeps every quad of columns whole.
 #pragma once
 
-#include "port.cuh"
+#include "vector.cuh"
 
 namespace zfcuda {
 
 constexpr int kTileThreads = 256;
 
-// What one instruction loads or stores.
+// Blocks that an SM is to hold: 128 registers a thread of floats, 255 of doubles.
 template <typename T>
-struct alignas(16) Pack {
-    static constexpr int size = 16 / sizeof(T);
-    T value[size];
-};
+constexpr int kResidentBlocks = sizeof(T) == 4 ? 2 : 1;
 
 template <int kWidth>
 ZF_HD int tile_slot(int k, int column) {
@@ -73,7 +70,7 @@ struct Tile {
     __device__ static void read_quad(const T* from, T* to) {
 #pragma unroll
         for (int i = 0; i < 4; i += Pack<T>::size) {
-            const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from + i);
+            const Pack<T> pack = load_vector<T, Pack<T>::size>(from + i);
 #pragma unroll
             for (int j = 0; j < Pack<T>::size; ++j) to[i + j] = pack.value[j];
         }
@@ -122,29 +119,19 @@ ZF_HD T rectify(T value) {
 
 // kVector neighbours in one load; zero where `forward` is given and blocks them.
 template <typename T, int kVector>
-__device__ void load(const T* from, const T* forward, std::int64_t offset, T (&to)[kVector]) {
-    if constexpr (kVector == 1) {
-        to[0] = from[offset];
-        if (forward != nullptr && forward[offset] <= T(0)) to[0] = T(0);
-    } else {
-        static_assert(kVector == Pack<T>::size, "a vector is one 16-byte load");
-        const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(from + offset);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) to[i] = pack.value[i];
-        if (forward == nullptr) return;
-        const Pack<T> mask = *reinterpret_cast<const Pack<T>*>(forward + offset);
+__device__ Vector<T, kVector> load_gated(const T* from, const T* forward, std::int64_t offset) {
+    Vector<T, kVector> vector = load_vector<T, kVector>(from + offset);
+    if (forward != nullptr) {
+        const Vector<T, kVector> mask = load_vector<T, kVector>(forward + offset);
 #pragma unroll
         for (int i = 0; i < kVector; ++i)
-            if (mask.value[i] <= T(0)) to[i] = T(0);
+            if (mask.value[i] <= T(0)) vector.value[i] = T(0);
     }
+    return vector;
 }
 
 inline Address mask_of(Gate gate, Address forward) {
     return static_cast<int>(gate) & kMask ? forward : Address{};
-}
-
-inline bool aligned16(const void* address) {
-    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
 }  // namespace zfcuda
