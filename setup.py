@@ -7,8 +7,19 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+HERE = Path(__file__).parent.resolve()
+sys.path.insert(0, str(HERE / "csrc"))
 import build  # noqa: E402  (csrc/build.py)
+
+
+def say(message):
+    """Print, and past pip, which hides a build's output, to the terminal."""
+    print(message, flush=True)
+    try:
+        if not sys.stdout.isatty():
+            Path("/dev/tty").write_text(f"\n  {message}\n")
+    except OSError:
+        pass  # no terminal
 
 
 def choose_toolkit():
@@ -18,22 +29,35 @@ def choose_toolkit():
         sys.exit(f"zfcuda: ZFCUDA_CUDA is {choice!r}; it must be auto, on or off")
     toolkit = build.find_toolkit() if choice != "off" else None
     if choice == "on" and toolkit is None:
-        sys.exit("zfcuda: ZFCUDA_CUDA=on, but there is no nvcc in CUDA_HOME, on the PATH or from pip")
-    print(f"zfcuda: building for the CPU{f' and CUDA with {toolkit.nvcc}' if toolkit else ' only'}")
+        sys.exit(
+            "zfcuda: ZFCUDA_CUDA=on, but there is no nvcc, 12.4 or later, in CUDA_HOME, on the PATH or from pip; "
+            f"install a CUDA toolkit, or: pip install {' '.join(build.NVCC_PACKAGES)}"
+        )
     return toolkit
 
 
 class NinjaBuild(build_ext):
+    """Builds the modules of csrc/build.py instead of the placeholder that makes the wheel a platform's."""
+
     def run(self):
-        toolkit = choose_toolkit()
-        modules = build.cpu_modules()
+        if sys.platform != "linux":
+            sys.exit(f"zfcuda: supports Linux, not {sys.platform}")
+        toolkit, modules = choose_toolkit(), build.cpu_modules()
         if toolkit:
-            archs = os.environ.get("ZFCUDA_CUDA_ARCHS")
-            modules.append(build.cuda_module(toolkit, map(int, archs.split()) if archs else build.DEFAULT_ARCHS))
-        here = Path(__file__).parent.resolve()
-        out = here if self.inplace else Path(self.build_lib).resolve()
-        (out / "zfcuda/core").mkdir(parents=True, exist_ok=True)
-        build.ninja(modules, out / "zfcuda/core", here / "build/ninja", toolkit)
+            archs = build.choose_archs(toolkit)
+            modules.append(build.cuda_module(toolkit, archs))
+            major, minor = toolkit.version()
+            say(f"zfcuda: building for the CPU and CUDA {major}.{minor}, sm_{' sm_'.join(map(str, archs))}")
+        else:
+            say("zfcuda: building for the CPU only, without CUDA kernels (ZFCUDA_CUDA=on asks for them)")
+        self.extensions = [Extension(f"zfcuda.core.{module.name}", []) for module in modules]
+        out = (HERE if self.inplace else Path(self.build_lib).resolve()) / "zfcuda/core"
+        out.mkdir(parents=True, exist_ok=True)
+        build.ninja(modules, out, HERE / "build/ninja", toolkit)
+        built = {Path(self.get_ext_filename(module.name)).name for module in modules}
+        for module in out.glob("_*.so"):
+            if module.name not in built:  # of an earlier build with other choices
+                module.unlink()
 
 
 setup(ext_modules=[Extension("zfcuda.core._core", [])], cmdclass={"build_ext": NinjaBuild})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,20 @@ CPU_LEVELS = {"baseline": []}
 if platform.machine() == "x86_64":
     CPU_LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 
-#: Default architectures of a source build on a machine without a GPU; 80 covers 86 and 89.
+#: Architectures of a source build on a machine without a GPU; 80 covers 86 and 89.
 DEFAULT_ARCHS = (75, 80, 90, 120)
+
+#: The compiler from pip, of one CUDA version: 13.0, which every driver from 580 on runs.
+NVCC_PACKAGES = (
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
+)
+
+#: Where `make test` and CI put NVCC_PACKAGES: beside torch they might replace the CUDA runtime it needs.
+NVCC_FOLDER = CSRC.parent / "build/cuda"
 
 
 @dataclass(frozen=True)
@@ -38,26 +51,63 @@ class Toolkit:
     include: Path
     libraries: Path
 
-    def version(self) -> str:
+    def version(self) -> tuple[int, int]:
         out = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True, check=True)
-        return out.stdout.split("release ")[1].split(",")[0]
+        major, minor = out.stdout.split("release ")[1].split(",")[0].split(".")
+        return int(major), int(minor)
+
+    def archs(self) -> set[int]:
+        """The architectures it compiles for."""
+        out = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+        return {int(line.removeprefix("sm_")) for line in out.stdout.split()}
+
+
+def _nvcc_candidates() -> Iterable[Path]:
+    if home := os.environ.get("CUDA_HOME"):
+        yield Path(home, "bin/nvcc")
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path)
+    spec = importlib.util.find_spec("nvidia")
+    for folder in [NVCC_FOLDER / "nvidia", *(spec.submodule_search_locations or () if spec else ())]:
+        yield from sorted(Path(folder).glob("cu*/bin/nvcc"))
 
 
 def find_toolkit() -> Toolkit | None:
-    """The toolkit of ``CUDA_HOME``, of the PATH, or of the ``nvidia-*`` pip packages, in this order."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = Path(home, "bin/nvcc") if home else Path(shutil.which("nvcc") or "/nonexistent")
-    if nvcc.exists():
+    """The toolkit, 12.4 or later, of ``CUDA_HOME``, of the PATH, or of the ``nvidia-*`` pip packages."""
+    for nvcc in filter(Path.exists, _nvcc_candidates()):
         out = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
         top = next(line.split("TOP=")[1] for line in out.stderr.splitlines() if "TOP=" in line)
         root = Path(top.strip()).resolve()
-        return Toolkit(nvcc, root / "include", root / "lib64")
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations if spec else ():
-        for root in sorted(Path(folder).glob("cu*")):
-            if (root / "bin/nvcc").exists():
-                return Toolkit(root / "bin/nvcc", root / "include", root / "lib")
+        libraries = root / ("lib64" if (root / "lib64").exists() else "lib")  # pip's lie in lib
+        toolkit = Toolkit(nvcc, root / "include", libraries)
+        if toolkit.version() >= (12, 4):
+            return toolkit
     return None
+
+
+def missing_nvcc_packages() -> tuple[str, ...]:
+    """What pip must install to compile the CUDA kernels: nothing where that is there or not wanted."""
+    possible = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+    wanted = os.environ.get("ZFCUDA_CUDA") != "off"
+    return NVCC_PACKAGES if possible and wanted and find_toolkit() is None else ()
+
+
+def gpu_archs() -> set[int]:
+    """The architectures of the GPUs of this machine, from ``nvidia-smi``."""
+    if shutil.which("nvidia-smi") is None:
+        return set()
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    out = subprocess.run(query, capture_output=True, text=True)
+    lines = out.stdout.split() if out.returncode == 0 else []
+    return {int(line.replace(".", "")) for line in lines if line.replace(".", "").isdigit()}
+
+
+def choose_archs(toolkit: Toolkit) -> list[int]:
+    """``ZFCUDA_CUDA_ARCHS``, else the architectures of the GPUs present, else the default ones."""
+    if chosen := os.environ.get("ZFCUDA_CUDA_ARCHS"):
+        return [int(arch) for arch in re.split(r"[\s,;]+", chosen.strip())]
+    supported = toolkit.archs()
+    return sorted(gpu_archs() & supported or supported & set(DEFAULT_ARCHS))
 
 
 @dataclass(frozen=True)
@@ -70,7 +120,11 @@ class Module:
 
 
 def _bindings(name: str) -> tuple[Path, str, Sequence[str]]:
-    return CSRC / "bindings.cpp", "cxx", [f"-DZF_MODULE={name}"]
+    import pybind11
+
+    # The folders of these headers change with every isolated build; the operators do not see them.
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    return CSRC / "bindings.cpp", "cxx", [f"-DZF_MODULE={name}", *includes]
 
 
 def cpu_modules() -> list[Module]:
@@ -101,25 +155,24 @@ def cuda_module(toolkit: Toolkit, archs: Iterable[int]) -> Module:
 
 def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | None = None) -> None:
     """Build the modules into ``out`` in parallel, keeping objects in ``work``."""
-    import pybind11
-
-    includes = f"-I{CSRC} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-    common = "-std=c++17 -O3 -fPIC -fvisibility=hidden"
+    cxx = os.environ.get("CXX", "g++")
+    if shutil.which(cxx.split()[0]) is None:
+        sys.exit(f"zfcuda: there is no C++ compiler {cxx!r}; install one (Debian: apt install g++) or set CXX")
     lines = [
-        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"cxx = {cxx}",
         "rule cxx",
-        f"  command = $cxx {common} -Wall -Wextra -ffp-contract=fast -MMD -MF $out.d {includes} $flags -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc\n  description = $in $flags",
+        "  command = $cxx -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=fast "
+        f"-MMD -MF $out.d -I{CSRC} $flags -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = $out",
         "rule link",
         "  command = $cxx -shared -Wl,-s $in $flags -o $out\n  description = $out",
     ]
     if toolkit:
-        nvcc_includes = f"-I{CSRC} -I{toolkit.include}"
         lines += [
             "rule nvcc",
-            f"  command = {toolkit.nvcc} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
-            f"-MD -MF $out.d {nvcc_includes} $flags -c $in -o $out",
-            "  depfile = $out.d\n  deps = gcc\n  description = $in",
+            f"  command = {toolkit.nvcc} -ccbin $cxx -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall "
+            f"-MD -MF $out.d -I{CSRC} -I{toolkit.include} $flags -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = $out",
         ]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for module in modules:
