@@ -1,0 +1,61 @@
+"""What the tests share: the backends that an operator is tested on, and hypothesis' settings."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import hypothesis
+import pytest
+import torch
+
+from zfcuda import core
+
+# `backend` holds no state between examples, and the emulator's first call compiles it.
+hypothesis.settings.register_profile(
+    "zfcuda", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+hypothesis.settings.load_profile("zfcuda")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a test puts its tensors (``device``) and which core then runs (``name``)."""
+
+    name: str  # "cpu", "simt" or "cuda"
+    device: torch.device
+
+
+_CPU_LEVELS = [pytest.param(f"cpu_{level}", marks=pytest.mark.slow) for level in ("baseline", "v3", "v4")]
+
+
+@pytest.fixture(params=["cpu", *_CPU_LEVELS, "simt", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """Each backend in turn: ``def test_x(backend): t = t.to(backend.device)``.
+
+    "cpu" is the module that this machine would choose; its other instruction-set levels run with ``-m slow``.
+    "simt" is the CUDA kernels on the emulator of ``tests/simt``, in the place of the CPU module.
+    """
+    name, _, level = request.param.partition("_")
+    if level:
+        if level != "baseline" and level > _cpu_level():
+            pytest.skip(f"this machine does not run x86-64-{level}")
+        monkeypatch.setitem(core.BACKENDS, "cpu", lambda: importlib.import_module(f"zfcuda.core._cpu_{level}"))
+    elif name == "simt":
+        emulator = request.getfixturevalue("emulator")
+        monkeypatch.setitem(core.BACKENDS, "cpu", lambda: emulator)
+        monkeypatch.setattr(core, "_address", emulator.address)
+    elif name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+    yield Backend(name, torch.device("cuda", 0) if name == "cuda" else torch.device("cpu"))
+
+
+def _cpu_level() -> str:
+    return core.cpu().__name__.rpartition("_")[2]
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """The CUDA kernels on the checking emulator, compiled at first use."""
+    pytest.skip("the emulator has not landed yet")

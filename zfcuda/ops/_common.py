@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from zfcuda import core
+
+NAMESPACE = "zfcuda"
+
+#: Switches are one byte.
+MAX_WINDOW = 256
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def pair(name: str, value: int | Sequence[int]) -> list[int]:
@@ -18,43 +26,131 @@ def pair(name: str, value: int | Sequence[int]) -> list[int]:
     TypeError
         If it is neither.
     """
-    values = list(value) if isinstance(value, Sequence) else [value]
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
     values = values * 2 if len(values) == 1 else values
-    if len(values) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+    if len(values) != 2 or not all(_is_int(v) for v in values):
         raise TypeError(f"{name} is {value!r}; it must be an int or two ints (height, width)")
-    return values
+    return values  # type: ignore[return-value]
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise torch's error type for a bad tensor or size: ``RuntimeError(message)``."""
-    if not condition:
-        raise RuntimeError(message)
+def integer(name: str, value: int) -> int:
+    """``value`` itself if it is an integer, else TypeError."""
+    if not _is_int(value):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    return value
 
 
-def check_tensor(name: str, tensor: Tensor, rank: int = 4, like: Tensor | None = None) -> None:
-    """Check type, rank, dtype and device of a floating-point argument; ``like`` is the first one."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
-    require(
-        tensor.dim() == rank,
-        f"{name} has shape {tuple(tensor.shape)}; it must have {rank} dimensions"
-        + (" (batch, channels, height, width): add a batch dimension with unsqueeze(0)" if rank == 4 else ""),
-    )
-    supported = " or ".join(str(d) for d in core.DTYPES)
-    require(tensor.dtype in core.DTYPES, f"{name} has dtype {tensor.dtype}; it must be {supported}: convert it with .to()")
+def flag(name: str, value: bool) -> bool:
+    """``value`` itself if it is a bool, else TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; it must be a bool")
+    return value
+
+
+def number(name: str, value: float) -> float:
+    """``value`` as a float if it is a real number, else TypeError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; it must be a float")
+    return float(value)
+
+
+def tensor(name: str, value: Any, optional: bool = False) -> Any:
+    """``value`` itself if it is a tensor (or None where that is allowed), else TypeError."""
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        wanted = "a torch.Tensor or None" if optional else "a torch.Tensor"
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be {wanted}")
+    return value
+
+
+def option(name: str, value: str, choices: Sequence[str]) -> str:
+    """``value`` itself if it is one of ``choices``, else ValueError."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_tensor(name: str, value: Tensor, rank: int = 4, like: Tensor | None = None) -> None:
+    """Check rank, dtype and device of a floating-point argument; ``like`` is the operator's first one.
+
+    Raises
+    ------
+    RuntimeError
+        If one of them is wrong, or a dimension other than the batch is empty.
+    """
+    if value.dim() != rank:
+        hint = " (batch, channels, height, width): add a batch dimension with unsqueeze(0)" if rank == 4 else ""
+        raise RuntimeError(f"{name} has shape {tuple(value.shape)}; it must have {rank} dimensions{hint}")
+    if value.dtype not in core.DTYPES:
+        supported = " or ".join(map(str, core.DTYPES))
+        raise RuntimeError(f"{name} has dtype {value.dtype}; it must be {supported}: convert it with .to()")
+    if rank == 4 and 0 in value.shape[1:]:
+        raise RuntimeError(
+            f"{name} has shape {tuple(value.shape)}; only the batch (dimension 0) may be empty: "
+            "give every other dimension at least one element"
+        )
     if like is not None:
-        require(tensor.dtype == like.dtype, f"{name} has dtype {tensor.dtype}; it must be {like.dtype} like the input: convert it with .to()")
-        check_device(name, tensor, like)
+        if value.dtype != like.dtype:
+            raise RuntimeError(
+                f"{name} has dtype {value.dtype}; it must be {like.dtype} like the first argument: "
+                "convert it with .to()"
+            )
+        check_device(name, value, like)
 
 
-def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    """Check that an argument lies where the first one does."""
-    require(tensor.device == like.device, f"{name} is on {tensor.device}; it must be on {like.device} like the input: move it with .to()")
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    """Check that an argument lies where the operator's first one does."""
+    if value.device != like.device:
+        raise RuntimeError(
+            f"{name} is on {value.device}; it must be on {like.device} like the first argument: move it with .to()"
+        )
 
 
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The dense layout an operator computes ``tensor`` in and gives its output: channels_last where the
-    channels are the innermost dimension, contiguous elsewhere."""
-    if tensor.is_contiguous():
+def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> None:
+    """Check that ``value`` has exactly ``shape``, which ``why`` explains."""
+    if tuple(value.shape) != tuple(shape):
+        raise RuntimeError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(shape)}, {why}")
+
+
+def check_at_least(minimum: int, **arguments: Sequence[int]) -> None:
+    """Check that both numbers of every argument are at least ``minimum``."""
+    for name, values in arguments.items():
+        for value in values:
+            if value < minimum:
+                raise RuntimeError(f"{name} is {tuple(values)}; both numbers must be at least {minimum}")
+
+
+def memory_format(value: Tensor) -> torch.memory_format:
+    """The dense layout in which an operator computes ``value`` and gives its output.
+
+    channels_last where the channels are the innermost dimension, contiguous elsewhere. The strides of
+    dimensions of size one never matter, for they may differ between a tensor and its fake.
+    """
+    if value.is_contiguous() or value.size(1) == 1:
         return torch.contiguous_format
-    return torch.channels_last if tensor.stride(1) == 1 and tensor.size(1) > 1 else torch.contiguous_format
+    return torch.channels_last if value.stride(1) == 1 else torch.contiguous_format
+
+
+def dense(value: MaybeTensor, layout: torch.memory_format) -> MaybeTensor:
+    """``value`` in one of the two dense layouts: itself where it has it already."""
+    return None if value is None else value.contiguous(memory_format=layout)
+
+
+def empty(like: Tensor, size: Sequence[int], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor on the device of ``like``: what the fake and the real operator both return."""
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def first_derivative_only(operator: torch.library.CustomOpDef, name: str) -> None:
+    """Make ``operator``, a gradient of the operator ``name``, refuse to be differentiated."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"zfcuda.ops.{name} has first derivatives only, but a second one was asked for; "
+            "take the first gradient without create_graph=True"
+        )
+
+    operator.register_autograd(backward)

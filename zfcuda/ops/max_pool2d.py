@@ -3,11 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import check_tensor, memory_format, pair, require
+from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, flag, memory_format, pair, tensor
+from zfcuda.ops._pool import Window
+from zfcuda.ops.max_unpool2d import unpool
 
 __all__ = ["max_pool2d"]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Maximum of each window, and where it was: the *switches* of section 2.1 of the paper.
+
+    .. math:: y_{oy,ox} = \max_{i,j} x_{oy \, s_h - p_h + i \, d_h,\; ox \, s_w - p_w + j \, d_w}
+
+    Parameters
+    ----------
+    input
+        (batch, channels, height, width), float32 or float64, any strides.
+    kernel_size, stride, padding, dilation, ceil_mode
+        As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
+        positions.
+
+    Returns
+    -------
+    output, switches
+        The maxima, and for each the position i · kernel_w + j within its window as uint8; both have the
+        input's memory format. Of equal maxima the first in row-major order counts (so a window of zeros has
+        its first position inside the input as switch); of NaN, which wins over every number, the last.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong Python type.
+    RuntimeError
+        If a tensor or a size is impossible; the message names the argument and its value.
+
+    Notes
+    -----
+    Differentiable any number of times with respect to ``input``; only the switches are kept for it.
+    """
+    kernel = pair("kernel_size", kernel_size)
+    return _max_pool2d(
+        tensor("input", input),
+        kernel,
+        kernel if stride is None else pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+        flag("ceil_mode", ceil_mode),
+    )
+
+
+def _allocate(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor, torch.memory_format]:
+    check_tensor("input", input)
+    window.check()
+    window.check_input("input", input.shape[2:], ceil_mode)
+    size = [*input.shape[:2], *window.pooled_size(input.shape[2:], ceil_mode)]
+    layout = memory_format(input)
+    return empty(input, size, layout), empty(input, size, layout, torch.uint8), layout
+
+
+@torch.library.custom_op(f"{NAMESPACE}::max_pool2d", mutates_args=())
+def _max_pool2d(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    window = Window(kernel_size, stride, padding, dilation)
+    output, switches, layout = _allocate(input, window, ceil_mode)
+    if output.numel():
+        shape = window.shape(input.shape, output.shape, layout)
+        core.run("max_pool2d", input, shape, core.DTYPES[input.dtype], dense(input, layout), output, switches)
+    return output, switches
+
+
+@_max_pool2d.register_fake
+def _(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    return _allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)[:2]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, *ctx.window, _ = inputs
+    ctx.input_size = input.shape[2:]
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 6
+    (switches,) = ctx.saved_tensors
+    # The switches come from the pool itself, so nobody needs to check them.
+    grad = unpool(dense(grad_output, memory_format(switches)), switches, *ctx.window, ctx.input_size, False, False)
+    return grad, None, None, None, None, None
+
+
+_max_pool2d.register_autograd(_backward, setup_context=_setup_context)

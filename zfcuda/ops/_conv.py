@@ -1,0 +1,177 @@
+"""What ``conv2d_relu`` and ``deconv2d`` share: checks, one geometry, and the operators of their gradients.
+
+Both are linear in each tensor apart from the gate, so each is the gradient of the other: see
+``csrc/ops.h``. The operators here are registered, because a compiled graph holds them, but private.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zfcuda import core
+from zfcuda.ops._common import (
+    NAMESPACE,
+    check_at_least,
+    check_tensor,
+    dense,
+    empty,
+    first_derivative_only,
+    memory_format,
+)
+
+
+class Filters(NamedTuple):
+    """How a weight slides over an image: pairs for height and width, and the groups."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+    def check(self, name: str, value: Tensor, weight: Tensor, rows: bool) -> None:
+        """Raise RuntimeError unless ``weight`` fits the channels of ``value``, the argument called ``name``.
+
+        ``rows`` says that these channels are the weight's rows (deconvolution), not its columns.
+        """
+        check_tensor(name, value)
+        check_tensor("weight", weight, like=value)
+        check_at_least(1, stride=self.stride, dilation=self.dilation)
+        check_at_least(0, padding=self.padding)
+        if self.groups < 1 or value.size(1) % self.groups != 0 or weight.size(0) % self.groups != 0:
+            raise RuntimeError(
+                f"groups is {self.groups}; it must divide the {value.size(1)} channels of {name} and the "
+                f"{weight.size(0)} rows of weight, whose shape is {tuple(weight.shape)}"
+            )
+        expected = value.size(1) if rows else value.size(1) // self.groups
+        if weight.size(0 if rows else 1) != expected:
+            raise RuntimeError(
+                f"weight has shape {tuple(weight.shape)}; its dimension {0 if rows else 1} must be {expected} for "
+                f"{name} of shape {tuple(value.shape)} and groups={self.groups}"
+            )
+
+    def shape(
+        self, image: Sequence[int], maps: Sequence[int], weight: Tensor, layout: torch.memory_format
+    ) -> tuple[int, ...]:
+        """ConvShape of csrc/shapes.h."""
+        last = int(layout == torch.channels_last)
+        kernel = weight.shape[2:]
+        return (*image, *maps[1:], *kernel, *self.stride, *self.padding, *self.dilation, self.groups, last)
+
+    def maps_size(self, image: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Height and width of the maps of an image."""
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(image, kernel, *self[:3], strict=True)]
+
+    def image_size(self, maps: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """The smallest height and width of an image that has these maps."""
+        return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in zip(maps, kernel, *self[:3], strict=True)]
+
+
+def check_bias(bias: Tensor | None, like: Tensor, channels: int) -> None:
+    """Check a bias of one number for each of the result's channels."""
+    if bias is None:
+        return
+    check_tensor("bias", bias, rank=1, like=like)
+    if bias.size(0) != channels:
+        raise RuntimeError(f"bias has shape {tuple(bias.shape)}; it must be ({channels},), one for each output channel")
+
+
+def convolve(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    forward: Tensor | None,
+    filters: Filters,
+    gate: str,
+    maps_size: Sequence[int],
+) -> Tensor:
+    """``conv2d`` of csrc/ops.h in the image's memory format."""
+    layout = memory_format(image)
+    maps = empty(image, [image.size(0), weight.size(0), *maps_size], layout)
+    if maps.numel():
+        where = filters.shape(image.shape, maps.shape, weight, layout), core.DTYPES[image.dtype]
+        scratch = core.workspace("conv2d", image, *where)
+        tensors = dense(image, layout), weight.contiguous(), None if bias is None else bias.contiguous()
+        core.run("conv2d", image, *where, core.GATES[gate], *tensors, dense(forward, layout), maps, scratch)
+    return maps
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv2d_gated", mutates_args=())
+def conv2d_gated(
+    image: Tensor,
+    weight: Tensor,
+    forward: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    maps_size: Sequence[int],
+) -> Tensor:
+    """Convolution without bias, zero where ``forward <= 0``: the gradient of ``deconv2d`` by its signal."""
+    gate = "none" if forward is None else "backprop"
+    return convolve(image, weight, None, forward, Filters(stride, padding, dilation, groups), gate, maps_size)
+
+
+@conv2d_gated.register_fake
+def _(
+    image: Tensor,
+    weight: Tensor,
+    forward: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    maps_size: Sequence[int],
+) -> Tensor:
+    return empty(image, [image.size(0), weight.size(0), *maps_size], memory_format(image))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv2d_weight_gradient", mutates_args=())
+def conv2d_weight_gradient(
+    image: Tensor,
+    signal: Tensor,
+    forward: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    gate: str,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by weight, with the weight's strides, and by bias (empty unless ``with_bias``)."""
+    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad_bias = weight.new_zeros(signal.size(1) if with_bias else 0)
+    if signal.numel():
+        layout = memory_format(image)
+        filters = Filters(stride, padding, dilation, groups)
+        where = filters.shape(image.shape, signal.shape, weight, layout), core.DTYPES[image.dtype]
+        scratch = core.workspace("conv2d_weight_gradient", image, *where)
+        tensors = dense(image, layout), dense(signal, layout), dense(forward, layout)
+        results = grad_weight, grad_bias if with_bias else None
+        core.run("conv2d_weight_gradient", image, *where, core.GATES[gate], *tensors, *results, scratch)
+    strided = torch.empty_like(weight)
+    return grad_weight if strided.stride() == grad_weight.stride() else strided.copy_(grad_weight), grad_bias
+
+
+@conv2d_weight_gradient.register_fake
+def _(
+    image: Tensor,
+    signal: Tensor,
+    forward: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    gate: str,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), weight.new_empty(signal.size(1) if with_bias else 0)
+
+
+first_derivative_only(conv2d_gated, "deconv2d")
+first_derivative_only(conv2d_weight_gradient, "conv2d_relu and zfcuda.ops.deconv2d")

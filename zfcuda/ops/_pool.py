@@ -1,0 +1,82 @@
+"""What pooling, unpooling and the switches' conversions share: one geometry and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zfcuda.ops._common import MAX_WINDOW, check_at_least, check_device, check_shape
+
+
+class Window(NamedTuple):
+    """The arguments of a pool: pairs for height and width."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    def check(self) -> None:
+        """Raise RuntimeError for arguments that no input makes sense of."""
+        check_at_least(1, kernel_size=self.kernel_size, stride=self.stride, dilation=self.dilation)
+        check_at_least(0, padding=self.padding)
+        if self.kernel_size[0] * self.kernel_size[1] > MAX_WINDOW:
+            raise RuntimeError(
+                f"kernel_size is {tuple(self.kernel_size)}; a window may have at most {MAX_WINDOW} positions, "
+                "for a switch is one byte: pool in two steps"
+            )
+        for k, p, d in zip(self.kernel_size, self.padding, self.dilation, strict=True):
+            if 2 * p > (k - 1) * d + 1:
+                raise RuntimeError(
+                    f"padding is {tuple(self.padding)}; it must be at most half the window, which spans "
+                    f"{(k - 1) * d + 1} for kernel_size={tuple(self.kernel_size)} and dilation={tuple(self.dilation)}"
+                )
+
+    def pooled_size(self, size: Sequence[int], ceil_mode: bool) -> list[int]:
+        """Height and width of the pool of an input of height and width ``size``, by torch's formula."""
+        pooled = []
+        for n, k, s, p, d in zip(size, *self, strict=True):
+            count = (n + 2 * p - (k - 1) * d - 1 + (s - 1 if ceil_mode else 0)) // s + 1
+            # The last window of ceil_mode must start inside the input or its left padding.
+            pooled.append(count - 1 if ceil_mode and (count - 1) * s >= n + p else count)
+        return pooled
+
+    def unpooled_size(self, size: Sequence[int]) -> list[int]:
+        """The smallest height and width whose pool without ``ceil_mode`` has height and width ``size``."""
+        return [(n - 1) * s - 2 * p + (k - 1) * d + 1 for n, k, s, p, d in zip(size, *self, strict=True)]
+
+    def check_input(self, name: str, size: Sequence[int], ceil_mode: bool) -> None:
+        """Raise RuntimeError unless every window of an input of ``size`` has a position, and there is one."""
+        if min(self.pooled_size(size, ceil_mode)) < 1:
+            raise RuntimeError(
+                f"kernel_size is {tuple(self.kernel_size)} with dilation={tuple(self.dilation)}; the window must fit "
+                f"{name} of height and width {tuple(size)} padded by {tuple(self.padding)}"
+            )
+        for n, _, s, p, d in zip(size, *self, strict=True):
+            # Only a window that starts in the padding can step over the whole input.
+            if n < d and any((o * s - p) % d >= n for o in range(-(-p // s))):
+                raise RuntimeError(
+                    f"dilation is {tuple(self.dilation)}; with padding={tuple(self.padding)} a window would step over "
+                    f"all of {name} of height and width {tuple(size)}: reduce the padding or the dilation"
+                )
+
+    def shape(
+        self, input_size: Sequence[int], pooled_size: Sequence[int], layout: torch.memory_format
+    ) -> tuple[int, ...]:
+        """PoolShape of csrc/shapes.h."""
+        last = int(layout == torch.channels_last)
+        return (*input_size, *pooled_size[-2:], *self.kernel_size, *self.stride, *self.padding, *self.dilation, last)
+
+
+def check_switches(switches: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
+    """Check dtype, shape and device of switches."""
+    if switches.dtype != torch.uint8:
+        raise RuntimeError(
+            f"switches has dtype {switches.dtype}; it must be torch.uint8: convert torch's int64 indices "
+            "with indices_to_switches"
+        )
+    check_shape("switches", switches, shape, why)
+    check_device("switches", switches, like)

@@ -1,0 +1,231 @@
+"""Unpooling by switches, the transpose of max-pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zfcuda import core
+from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, memory_format, option, pair, tensor
+from zfcuda.ops._pool import Window, check_switches
+
+__all__ = ["max_unpool2d"]
+
+OVERLAPS = ("sum", "overwrite")
+
+
+def max_unpool2d(
+    input: Tensor,
+    switches: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    output_size: Sequence[int] | None = None,
+    overlap: str = "sum",
+) -> Tensor:
+    """Put each value back where its window's switch points; zero elsewhere (section 2.1 of the paper).
+
+    Parameters
+    ----------
+    input
+        Pooled values (batch, channels, height, width), float32 or float64, any strides.
+    switches
+        As :func:`max_pool2d` gives them: uint8, of the input's shape.
+    kernel_size, stride, padding, dilation
+        Those of the pool; ``stride=None`` is ``kernel_size``.
+    output_size
+        Height and width (or the whole shape) of what was pooled. By default the smallest size whose pool
+        without ``ceil_mode`` has the input's size.
+    overlap
+        Where the switches of several windows meet: ``"sum"`` adds them, exactly the transpose of pooling;
+        ``"overwrite"`` keeps the last window in row-major order, even if its value is zero, as torch does on
+        the CPU.
+
+    Returns
+    -------
+    Tensor
+        (batch, channels, *output_size) in the input's memory format. Deterministic.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong Python type.
+    ValueError
+        If ``overlap`` is neither of its two values.
+    RuntimeError
+        If a tensor or a size is impossible, or a switch points out of its window or out of the output; the
+        message names the argument and its value.
+
+    Notes
+    -----
+    Differentiable any number of times with respect to ``input``. The check of the switches' values reads one
+    number back, which on CUDA waits for the device; while a CUDA graph is being captured it is left out.
+    """
+    kernel = pair("kernel_size", kernel_size)
+    size = None if output_size is None else list(output_size)
+    if size is not None and not all(isinstance(n, (int, torch.SymInt)) for n in size):
+        raise TypeError(f"output_size is {output_size!r}; it must be a sequence of ints")
+    return unpool(
+        tensor("input", input),
+        tensor("switches", switches),
+        kernel,
+        kernel if stride is None else pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+        size,
+        option("overlap", overlap, OVERLAPS) == "overwrite",
+        True,
+    )
+
+
+def _check(input: Tensor, switches: Tensor, window: Window, output_size: Sequence[int] | None) -> list[int]:
+    """The whole shape of the result."""
+    check_tensor("input", input)
+    window.check()
+    check_switches(switches, input, input.shape, "the input's shape")
+    default = [*input.shape[:2], *window.unpooled_size(input.shape[2:])]
+    size = default if output_size is None else [*input.shape[:2], *output_size[-2:]]
+    valid = output_size is None or len(output_size) == 2 or (len(output_size) == 4 and list(output_size) == size)
+    if not valid or min(size[2:]) < 1 or not _could_be_pooled(window, size[2:], list(input.shape[2:])):
+        raise RuntimeError(
+            f"output_size is {tuple(size if output_size is None else output_size)}; it must be a (height, width) or "
+            f"the whole shape of a tensor whose pool with kernel_size={tuple(window.kernel_size)}, "
+            f"stride={tuple(window.stride)}, padding={tuple(window.padding)}, dilation={tuple(window.dilation)} has "
+            f"the input's shape {tuple(input.shape)}, such as {tuple(default)}"
+        )
+    return size
+
+
+def _could_be_pooled(window: Window, size: list[int], pooled: list[int]) -> bool:
+    return all(
+        n in sizes
+        for n, sizes in zip(
+            pooled, zip(window.pooled_size(size, False), window.pooled_size(size, True), strict=True), strict=True
+        )
+    )
+
+
+def _check_values(switches: Tensor, shape: tuple[int, ...], window: Window, size: Sequence[int]) -> None:
+    """Raise RuntimeError at the first switch that points out of its window or out of the output."""
+    if switches.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    found = torch.empty(1, dtype=torch.int64, device=switches.device)
+    core.run("find_invalid_switch", switches, shape, switches, found)
+    first = int(found)
+    if first >= 0:
+        # The core counts in the order of storage.
+        order = (0, 1, 2, 3) if switches.is_contiguous() else (0, 2, 3, 1)
+        index = [0] * 4
+        for dim in reversed(order):
+            first, index[dim] = divmod(first, switches.size(dim))
+        raise RuntimeError(
+            f"switches[{', '.join(map(str, index))}] is {int(switches[tuple(index)])}; it must be a position inside "
+            f"its window of {tuple(window.kernel_size)} and inside the output of height and width {tuple(size[2:])}: "
+            "use the switches of the same pool"
+        )
+
+
+@torch.library.custom_op(f"{NAMESPACE}::max_unpool2d", mutates_args=())
+def unpool(
+    input: Tensor,
+    switches: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_size: Sequence[int] | None,
+    overwrite: bool,
+    check_values: bool,
+) -> Tensor:
+    window = Window(kernel_size, stride, padding, dilation)
+    size = _check(input, switches, window, output_size)
+    layout = memory_format(input)
+    if not input.numel():
+        return empty(input, size, layout)
+    shape = window.shape(size, input.shape, layout)
+    switches = dense(switches, layout)
+    if check_values:
+        _check_values(switches, shape, window, size)
+    output = empty(input, size, layout)
+    dtype = core.DTYPES[input.dtype]
+    core.run("max_unpool2d", input, shape, dtype, overwrite, dense(input, layout), switches, output)
+    return output
+
+
+@unpool.register_fake
+def _(
+    input: Tensor,
+    switches: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_size: Sequence[int] | None,
+    overwrite: bool,
+    check_values: bool,
+) -> Tensor:
+    size = _check(input, switches, Window(kernel_size, stride, padding, dilation), output_size)
+    return empty(input, size, memory_format(input))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::switch_gather", mutates_args=())
+def gather(
+    unpooled: Tensor,
+    switches: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    overwrite: bool,
+) -> Tensor:
+    """The transpose of unpooling, private: its switches have been through :func:`unpool`."""
+    layout = memory_format(unpooled)
+    pooled = empty(unpooled, switches.shape, layout)
+    if pooled.numel():
+        shape = Window(kernel_size, stride, padding, dilation).shape(unpooled.shape, pooled.shape, layout)
+        dtype = core.DTYPES[unpooled.dtype]
+        tensors = dense(unpooled, layout), dense(switches, layout), pooled
+        core.run("switch_gather", unpooled, shape, dtype, overwrite, *tensors)
+    return pooled
+
+
+@gather.register_fake
+def _(
+    unpooled: Tensor,
+    switches: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    overwrite: bool,
+) -> Tensor:
+    return empty(unpooled, switches.shape, memory_format(unpooled))
+
+
+def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, switches, *ctx.window, _, ctx.overwrite, _ = inputs
+    ctx.save_for_backward(switches)
+
+
+def _unpool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (switches,) = ctx.saved_tensors
+    return gather(grad, switches, *ctx.window, ctx.overwrite), *(None,) * 8
+
+
+def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    unpooled, switches, *ctx.window, ctx.overwrite = inputs
+    ctx.size = unpooled.shape[2:]
+    ctx.save_for_backward(switches)
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (switches,) = ctx.saved_tensors
+    return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 6
+
+
+unpool.register_autograd(_unpool_backward, setup_context=_unpool_setup_context)
+gather.register_autograd(_gather_backward, setup_context=_gather_setup_context)

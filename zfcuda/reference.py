@@ -1,0 +1,194 @@
+"""Slow, plain torch oracles of every operator, in any floating-point dtype.
+
+Each says what its operator in :mod:`zfcuda.ops` computes in the fewest words, without the compiled core and
+without torch's own convolution or pool, and differentiates through torch's autograd. Arguments are those of
+the operators, unchecked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Size = int | Sequence[int]
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.conv2d_relu`."""
+    kernel, stride, padding, dilation = weight.shape[2:], _pair(stride), _pair(padding), _pair(dilation)
+    size = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    y, x = _taps(size, kernel, stride, padding, dilation)
+    windows, _ = _read(input, y, x)
+    windows = windows.unflatten(1, (groups, -1))
+    maps = torch.einsum("ngiyxhw,goihw->ngoyx", windows, weight.unflatten(0, (groups, -1))).flatten(1, 2)
+    if bias is not None:
+        maps = maps + bias[:, None, None]
+    return _keep(maps, maps)
+
+
+def deconv2d(
+    signal: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    gate: str = "deconvnet",
+    forward: Tensor | None = None,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.deconv2d`."""
+    kernel, stride, padding, dilation = weight.shape[2:], _pair(stride), _pair(padding), _pair(dilation)
+    if gate in ("deconvnet", "guided"):
+        signal = _keep(signal, signal)
+    if forward is not None:
+        signal = _keep(signal, forward)
+    size = [
+        (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+        for n, k, s, p, d, o in zip(
+            signal.shape[2:], kernel, stride, padding, dilation, _pair(output_padding), strict=True
+        )
+    ]
+    windows = torch.einsum(
+        "ngoyx,goihw->ngiyxhw", signal.unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))
+    ).flatten(1, 2)
+    y, x = _taps(signal.shape[2:], kernel, stride, padding, dilation)
+    image = _add(windows, y, x, size)
+    return image if bias is None else image + bias[:, None, None]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.max_pool2d`."""
+    kernel = _pair(kernel_size)
+    stride, padding, dilation = kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation)
+    size = []
+    for n, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True):
+        # Every window that fits; with ceil_mode the next one too, if it starts before the right padding
+        # and the last one that fits leaves a position over.
+        count = sum(start + d * (k - 1) < n + p for start in range(-p, n + p, s))
+        left_over = n + p - ((count - 1) * s - p + d * (k - 1) + 1)
+        size.append(count + int(ceil_mode and left_over > 0 and count * s - p < n))
+    y, x = _taps(size, kernel, stride, padding, dilation)
+    windows, inside = _read(input, y, x)
+    windows, inside = windows.flatten(4), inside.expand(windows.shape).flatten(4)
+    position = torch.arange(windows.size(-1), device=input.device).expand(windows.shape)
+    largest = windows.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
+    first = position.where(inside & (windows == largest), position.size(-1)).amin(-1)
+    last_nan = position.where(inside & windows.isnan(), -1).amax(-1)
+    switches = last_nan.where(last_nan >= 0, first)
+    return windows.gather(-1, switches[..., None]).squeeze(-1), switches.to(torch.uint8)
+
+
+def max_unpool2d(
+    input: Tensor,
+    switches: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    output_size: Sequence[int] | None = None,
+    overlap: str = "sum",
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.max_unpool2d`."""
+    kernel = _pair(kernel_size)
+    stride, padding, dilation = kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation)
+    if output_size is None:
+        output_size = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True)
+        ]
+    height, width = output_size[-2:]
+    indices = switches_to_indices(switches, (height, width), kernel, stride, padding, dilation).flatten(2)
+    values = input.flatten(2)
+    if overlap == "overwrite":
+        last = torch.full((*input.shape[:2], height * width), -1, device=input.device)
+        for window in range(indices.size(2)):
+            last.scatter_(2, indices[:, :, window : window + 1], window)
+        winners = last.gather(2, indices) == torch.arange(indices.size(2), device=input.device)
+        values = torch.where(winners, values, 0)
+    output = values.new_zeros(*input.shape[:2], height * width).scatter_add(2, indices, values)
+    return output.unflatten(2, (height, width))
+
+
+def switches_to_indices(
+    switches: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.switches_to_indices`."""
+    kernel = _pair(kernel_size)
+    stride, padding, dilation = kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation)
+    y, x = (taps.to(switches.device) for taps in _taps(switches.shape[2:], kernel, stride, padding, dilation))
+    flat = (y * input_size[-1] + x).flatten(2)
+    return flat.expand(*switches.shape, -1).gather(-1, switches.long()[..., None]).squeeze(-1)
+
+
+def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.local_response_norm`."""
+    maps = []
+    for c in range(input.size(1)):
+        near = input[:, max(c - size // 2, 0) : c + (size - 1) // 2 + 1]
+        maps.append(input[:, c] / (k + alpha / size * near.square().sum(1)) ** beta)
+    return torch.stack(maps, 1)
+
+
+def _pair(value: Size) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _keep(value: Tensor, test: Tensor) -> Tensor:
+    """``value``, zero where ``test <= 0``: NaN passes."""
+    return torch.where(test <= 0, 0, value)
+
+
+def _taps(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Rows (out_h, 1, kernel_h, 1) and columns (1, out_w, 1, kernel_w) that each window reads."""
+    rows, columns = (
+        torch.arange(n)[:, None] * s - p + torch.arange(k) * d
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return rows[:, None, :, None], columns[None, :, None, :]
+
+
+def _read(image: Tensor, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every window of the image, (batch, channels, out_h, out_w, kernel_h, kernel_w), zero outside; where inside."""
+    y, x = y.to(image.device), x.to(image.device)
+    height, width = image.shape[2:]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return image[:, :, y.clamp(0, height - 1), x.clamp(0, width - 1)].where(inside, 0), inside
+
+
+def _add(windows: Tensor, y: Tensor, x: Tensor, size: Sequence[int]) -> Tensor:
+    """The transpose of :func:`_read`: an image of height and width ``size``."""
+    y, x = y.to(windows.device), x.to(windows.device)
+    inside = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+    flat = torch.where(inside, y * size[1] + x, size[0] * size[1]).flatten()
+    image = windows.new_zeros(*windows.shape[:2], size[0] * size[1] + 1).index_add(2, flat, windows.flatten(2))
+    return image[:, :, :-1].unflatten(2, tuple(size))
