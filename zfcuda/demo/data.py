@@ -1,9 +1,9 @@
 """The demo's data: square windows of photographs that ship inside scikit-image and scikit-learn.
 
-The task is *which photograph, and which way up?* Every window is shown in all four quarter turns and the label is the
-pair (photograph, turn). A turn moves pixels and changes no colour, so a classifier that sees only the colours of a window
-(means, covariances, histograms, any statistic that ignores positions) gives the four turns one and the same answer and is
-right for at most one of them: 25 % is its ceiling, whatever it is, before any measurement.
+The task is *which photograph, and which way up?* Every window is shown in all four quarter turns and the label is
+the pair (photograph, turn). A turn moves pixels and changes no colour, so a classifier that sees only the colours of a
+window (means, covariances, histograms, any statistic that ignores positions) gives the four turns one and the same
+answer and is right for at most one of them: 25 % is its ceiling, whatever it is, before any measurement.
 
 Held-out windows lie in a vertical band of each photograph that no training window touches.
 """
@@ -22,8 +22,10 @@ from PIL import Image
 SOURCES = {
     "skimage": (
         "data",
-        ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png")
-        + ("grass.png", "gravel.png", "moon.png", "motorcycle_left.png", "page.png", "rocket.jpg", "text.png"),
+        (
+            *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png"),
+            *("grass.png", "gravel.png", "moon.png", "motorcycle_left.png", "page.png", "rocket.jpg", "text.png"),
+        ),
     ),
     "sklearn": ("datasets/images", ("china.jpg", "flower.jpg")),
 }
@@ -121,7 +123,7 @@ def grid_windows(photographs: list[Photograph], side: int) -> list[Window]:
 def cut(photographs: list[Photograph], windows: list[Window], size: int) -> torch.Tensor:
     """The windows, resized: uint8, N x 3 x size x size."""
     pixels = np.empty((len(windows), size, size, 3), dtype=np.uint8)
-    for pixel, window in zip(pixels, windows):
+    for pixel, window in zip(pixels, windows, strict=True):
         image = photographs[window.photo].image
         pixel[:] = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=window.box))
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -160,18 +160,18 @@ def train(
     photos: torch.Tensor,
     stages: Stages,
     report: Callable[[Training], object] = lambda training: None,
+    resumed: Callable[[int], object] = lambda step: None,
 ) -> Training:
-    """Train to the last step, from the checkpoint if there is one; `report` hears of every step, and of the start.
+    """Train to the last step, from the latest checkpoint if there is one.
 
-    Stopped by any exception (Ctrl-C is one), it leaves a checkpoint of the last whole step.
+    `resumed` hears of the step of that checkpoint, `report` of the start and of every step.
     """
     settings = {**asdict(recipe), "classes": classes, "pool": len(pixels)}
     training = Training(recipe, classes)
     if (state := stages.load("training", settings)) is not None:
         training.restore(state)
+        resumed(training.step)
     report(training)
-    saved = training.step
-    whole = training.state
     while training.step < recipe.steps:
         training.advance(pixels, photos)
         report(training)
