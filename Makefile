@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
-# Without an NVIDIA GPU: the small CPU build of torch. Its dependencies come with the installation below.
-TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch>=2.6'
+# Without an NVIDIA GPU: the small CPU build of torch, by the one name that no CUDA build answers to. Its
+# dependencies come with the installation below.
+TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 
 .PHONY: demo test bench lint gpu-tests kernels
 demo: $(VENV)/demo

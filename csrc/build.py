@@ -119,7 +119,11 @@ class Module:
     link_flags: Sequence[str] = ()
 
 
-def _bindings(name: str) -> tuple[Path, str, Sequence[str]]:
+#: Link flag of the installed modules; the emulator's keep their symbols, to name lines of source.
+STRIP = "-Wl,-s"
+
+
+def bindings(name: str) -> tuple[Path, str, Sequence[str]]:
     import pybind11
 
     # The folders of these headers change with every isolated build; the operators do not see them.
@@ -132,8 +136,8 @@ def cpu_modules() -> list[Module]:
     return [
         Module(
             f"_cpu_{level}",
-            [_bindings(f"_cpu_{level}"), *((s, "cxx", ["-fopenmp", *flags]) for s in sources)],
-            ["-fopenmp"],
+            [bindings(f"_cpu_{level}"), *((s, "cxx", ["-fopenmp", *flags]) for s in sources)],
+            ["-fopenmp", STRIP],
         )
         for level, flags in CPU_LEVELS.items()
     ]
@@ -148,8 +152,8 @@ def cuda_module(toolkit: Toolkit, archs: Iterable[int]) -> Module:
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     return Module(
         "_cuda",
-        [_bindings("_cuda"), *((s, "nvcc", flags) for s in sources)],
-        [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"],
+        [bindings("_cuda"), *((s, "nvcc", flags) for s in sources)],
+        [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", STRIP],
     )
 
 
@@ -165,7 +169,7 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
         f"-MMD -MF $out.d -I{CSRC} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $out",
         "rule link",
-        "  command = $cxx -shared -Wl,-s $in $flags -o $out\n  description = $out",
+        "  command = $cxx -shared $in $flags -o $out\n  description = $out",
     ]
     if toolkit:
         lines += [

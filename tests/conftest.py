@@ -10,6 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from simt import build
+from simt.backend import Emulator
 from zfcuda import core
 
 # `backend` holds no state between examples, and the emulator's first call compiles it.
@@ -43,7 +45,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip(f"this machine does not run x86-64-{level}")
         monkeypatch.setitem(core.BACKENDS, "cpu", lambda: importlib.import_module(f"zfcuda.core._cpu_{level}"))
     elif name == "simt":
-        emulator = request.getfixturevalue("emulator")
+        emulator: Emulator = request.getfixturevalue("emulator")
         monkeypatch.setitem(core.BACKENDS, "cpu", lambda: emulator)
         monkeypatch.setattr(core, "_address", emulator.address)
     elif name == "cuda" and not torch.cuda.is_available():
@@ -56,6 +58,14 @@ def _cpu_level() -> str:
 
 
 @pytest.fixture(scope="session")
-def emulator():
+def emulator() -> Emulator:
     """The CUDA kernels on the checking emulator, compiled at first use."""
-    pytest.skip("the emulator has not landed yet")
+    return Emulator(build.backend())
+
+
+@pytest.fixture
+def threads():
+    """``threads(2)`` sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

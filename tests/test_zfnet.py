@@ -56,7 +56,11 @@ def test_sizes_of_the_paper():
 
 def test_order_and_state_dict_keys():
     net = zfnet(fc_width=16)
-    assert [n for n, _ in net.named_children()] == ["conv1", "pool1", "norm1", "conv2", "pool2", "norm2", "conv3", "conv4", "conv5", "pool5", "flatten", "fc6", "relu6", "drop6", "fc7", "relu7", "drop7", "fc8"]
+    names = " ".join(n for n, _ in net.named_children())
+    convolutional = "conv1 pool1 norm1 conv2 pool2 norm2 conv3 conv4 conv5 pool5"
+    assert names == f"{convolutional} flatten fc6 relu6 drop6 fc7 relu7 drop7 fc8"
+    before = zfnet(fc_width=16, norm="before")
+    assert " ".join(n for n, _ in before.named_children()).startswith("conv1 norm1 pool1 conv2 norm2 pool2 conv3")
     layers = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
     assert list(net.state_dict()) == [f"{n}.{p}" for n in layers for p in ("weight", "bias")]
 

@@ -25,7 +25,7 @@ class ConvReLU2d(nn.Conv2d):
         If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
 
-    padding: tuple[int, int]  # type: ignore[assignment]
+    padding: tuple[int, int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,10 +57,10 @@ class MaxPool2d(nn.MaxPool2d):
 
     def __init__(
         self,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] | None = None,
+        padding: int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         return_indices: bool = False,
         ceil_mode: bool = False,
         *,
@@ -95,10 +95,10 @@ class MaxUnpool2d(nn.Module):
 
     def __init__(
         self,
-        kernel_size: int | Sequence[int],
-        stride: int | Sequence[int] | None = None,
-        padding: int | Sequence[int] = 0,
-        dilation: int | Sequence[int] = 1,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] | None = None,
+        padding: int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
         *,
         overlap: str = "sum",
     ) -> None:

@@ -1,36 +1,75 @@
 // Max-pooling that records switches.
 //
 //   output[n,c,oy,ox] = max over the window;  switches = i * kernel_w + j of the first maximum in
-//   row-major order, or of the last NaN, as in torch.
+//   row-major order, or of the last NaN, as in torch. The window's first valid position is the
+//   switch of a window of -inf.
 //
-// One thread an output in storage order: neighbours in a warp read neighbours in memory in both
-// layouts (channels in channels_last; windows stride_w apart otherwise).
-#include "port.cuh"
+// A thread an output, or four channels of one in NHWC, in storage order (places.cuh): lanes read
+// windows that are neighbours. Least bytes: input + output + one byte a switch; overlapping
+// windows meet in L1, so the DRAM sees about these.
+// Measured:
+#include <cmath>
+
+#include "places.cuh"
 
 namespace zfcuda {
 namespace {
 
-constexpr int kThreads = 256;
-
-template <typename T>
-__global__ void max_pool2d_kernel(PoolShape s, const T* input, T* output, std::uint8_t* switches) {
-    const std::int64_t index = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (index >= s.outputs()) return;
-    // TEMPLATE: the kernels' helper replaces this body.
-    (void)input; (void)output; (void)switches;
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    max_pool2d_kernel(PoolShape s, Places inputs, Places outputs, const T* input, T* output,
+                      std::uint8_t* switches) {
+    for_each_place(outputs, [&](std::int64_t index, const Place& place) {
+        const std::int64_t top = place.y * s.stride_h - s.padding_h;
+        const std::int64_t left = place.x * s.stride_w - s.padding_w;
+        const T* const window = input + inputs.offset(place.slab, 0, 0, place.inner);
+        const T kLeast = -INFINITY;
+        Vector<T, kVector> best;
+        Vector<std::uint8_t, kVector> where = {};
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) best.value[e] = kLeast;
+        bool first = true;
+        for (int i = 0; i < s.kernel_h; ++i) {
+            const std::int64_t y = top + i * s.dilation_h;
+            if (y < 0 || y >= s.in_height) continue;
+            for (int j = 0; j < s.kernel_w; ++j) {
+                const std::int64_t x = left + j * s.dilation_w;
+                if (x < 0 || x >= s.in_width) continue;
+                const auto values = load_vector<T, kVector>(window + y * inputs.row_elements +
+                                                            x * inputs.column_elements);
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) {
+                    const T value = values.value[e];
+                    if (first || value > best.value[e] || value != value) {
+                        best.value[e] = value;
+                        where.value[e] = static_cast<std::uint8_t>(i * s.kernel_w + j);
+                    }
+                }
+                first = false;
+            }
+        }
+        store_vector(output + index * kVector, best);
+        store_vector(switches + index * kVector, where);
+    });
 }
 
 }  // namespace
 
 void max_pool2d(const PoolShape& s, Dtype dtype, Address input, Address output, Address switches,
                 const Exec& exec) {
-    const auto blocks = static_cast<unsigned>((s.outputs() + kThreads - 1) / kThreads);
-    if (dtype == Dtype::float32)
-        launch(max_pool2d_kernel<float>, dim3(blocks), dim3(kThreads), 0, exec, s,
-               input.as<const float>(), output.as<float>(), switches.as<std::uint8_t>());
+    if (s.outputs() == 0) return;
+    const auto run = [&](auto kernel, auto zero, int vector) {
+        using T = decltype(zero);
+        const Places inputs(s.input(), s.batch, vector), outputs(s.output(), s.batch, vector);
+        launch(kernel, outputs.grid(), dim3(kThreads), 0, exec, s, inputs, outputs,
+               input.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
+    };
+    if (four_channels(s.output(), dtype, input, output, switches))
+        run(max_pool2d_kernel<float, 4>, float{}, 4);
+    else if (dtype == Dtype::float32)
+        run(max_pool2d_kernel<float, 1>, float{}, 1);
     else
-        launch(max_pool2d_kernel<double>, dim3(blocks), dim3(kThreads), 0, exec, s,
-               input.as<const double>(), output.as<double>(), switches.as<std::uint8_t>());
+        run(max_pool2d_kernel<double, 1>, double{}, 1);
 }
 
 }  // namespace zfcuda

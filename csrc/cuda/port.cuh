@@ -6,21 +6,48 @@
 //   ZF_DYNAMIC_SHARED(float, buffer);      the dynamic shared memory, float* buffer
 //   launch(kernel, grid, block, shared_bytes, exec, arguments...);
 //
-// and the wrappers below, each with an emulated body beside it.
+// both kinds of shared memory aligned to 16 bytes, and the wrappers below, each with its PTX and
+// its emulated body side by side.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "../ops.h"
 
 #if defined(ZF_SIMT)
-#include "simt.h"
-#else
-#include <cuda_runtime.h>
 
-#define ZF_SHARED(type, name, count) __shared__ type name[count]
-#define ZF_DYNAMIC_SHARED(type, name)                      \
+#include "simt.h"
+// The last parameter of a warp-wide wrapper: lanes must call it from the same line.
+#define ZF_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+#define ZF_SHARED(type, name, count)                                              \
+    static const char name##_key = 0;                                             \
+    auto& name = *static_cast<type(*)[count]>(                                    \
+        simt::shared_array(&name##_key, #name, sizeof(type) * (count)))
+#define ZF_DYNAMIC_SHARED(type, name) \
+    type* const name = static_cast<type*>(simt::dynamic_shared())
+
+namespace zfcuda {
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            const Exec&, Arguments... arguments) {
+    simt::launch(kernel, grid, block, shared_bytes, arguments...);
+}
+
+}  // namespace zfcuda
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define ZF_SITE
+
+#define ZF_SHARED(type, name, count) __shared__ __align__(16) type name[count]
+#define ZF_DYNAMIC_SHARED(type, name)                                  \
     extern __shared__ __align__(16) unsigned char zf_dynamic_shared[]; \
     type* const name = reinterpret_cast<type*>(zf_dynamic_shared)
 
@@ -63,4 +90,192 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 }
 
 }  // namespace zfcuda
+
 #endif
+
+namespace zfcuda {
+
+#if defined(__CUDA_ARCH__)
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 80;  // nvcc's host pass, and the emulator
+#endif
+
+#if !defined(ZF_SIMT)
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
+// ---- Asynchronous copies, global to shared memory. Bytes is 4, 8 or 16 and both sides are so
+// aligned; what lies beyond valid_bytes is not read but filled with zeros. Before sm_80 the copy
+// is an ordinary one.
+
+template <int Bytes>
+__device__ __forceinline__ void cp_async(void* shared, const void* global,
+                                         int valid_bytes = Bytes) {
+    static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+#if defined(ZF_SIMT)
+    simt::copy_async(shared, global, Bytes, valid_bytes);
+#else
+    if constexpr (kArch < 80) {
+        for (int i = 0; i < Bytes; i += 4) {
+            unsigned word = 0;
+            if (valid_bytes >= i + 4)
+                word = *reinterpret_cast<const unsigned*>(static_cast<const char*>(global) + i);
+            else
+                for (int j = i; j < valid_bytes; ++j)
+                    word |= unsigned(static_cast<const unsigned char*>(global)[j]) << 8 * (j - i);
+            *reinterpret_cast<unsigned*>(static_cast<char*>(shared) + i) = word;
+        }
+    } else if constexpr (Bytes == 16) {  // past the first-level cache
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                     "l"(__cvta_generic_to_global(global)), "r"(valid_bytes)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                     "l"(__cvta_generic_to_global(global)), "n"(Bytes), "r"(valid_bytes)
+                     : "memory");
+    }
+#endif
+}
+
+// Closes a group of the copies issued since the last one.
+__device__ __forceinline__ void cp_async_commit() {
+#if defined(ZF_SIMT)
+    simt::commit_async();
+#else
+    if constexpr (kArch >= 80) asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `Groups` of this thread's groups are in flight. A barrier must follow before
+// other threads read what they brought.
+template <int Groups>
+__device__ __forceinline__ void cp_async_wait() {
+#if defined(ZF_SIMT)
+    simt::wait_async(Groups);
+#else
+    if constexpr (kArch >= 80) asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+#endif
+}
+
+// ---- Fragments of the tensor cores. ldmatrix reads N (1, 2 or 4) matrices of 8 rows of 16 bytes;
+// lane 8 i + r gives the address of row r of matrix i, and gets element pair lane % 4 of row
+// lane / 4 in matrix[i]; transposed: elements 2 (lane % 4) and the next of column lane / 4.
+
+template <bool Transposed, int N>
+__device__ __forceinline__ void load_matrices(std::uint32_t (&matrix)[N], const void* row ZF_SITE) {
+    static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");
+#if defined(ZF_SIMT)
+    simt::load_matrices(matrix, N, Transposed, row, {file, line});
+#else
+    const unsigned address = shared_address(row);
+    if constexpr (N == 1 && !Transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                     : "=r"(matrix[0])
+                     : "r"(address)
+                     : "memory");
+    else if constexpr (N == 1)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                     : "=r"(matrix[0])
+                     : "r"(address)
+                     : "memory");
+    else if constexpr (N == 2 && !Transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(matrix[0]), "=r"(matrix[1])
+                     : "r"(address)
+                     : "memory");
+    else if constexpr (N == 2)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(matrix[0]), "=r"(matrix[1])
+                     : "r"(address)
+                     : "memory");
+    else if constexpr (!Transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+                     : "r"(address)
+                     : "memory");
+#endif
+}
+
+// ---- Products of one warp, d += a b, with float accumulators. The fragments are those of the PTX
+// ISA: with g = lane / 4 and t = lane % 4, d holds rows g, g, g + 8, g + 8 and columns 2t, 2t + 1,
+// 2t, 2t + 1 of a 16 x 8 tile.
+
+// 16 x 8 x 8, tf32: a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b holds (t, g),
+// (t + 4, g). The elements are floats rounded by to_tf32.
+__device__ __forceinline__ void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
+                                         const std::uint32_t (&b)[2] ZF_SITE) {
+#if defined(ZF_SIMT)
+    simt::multiply(simt::Element::tf32, {d, a, b}, {file, line});
+#else
+    if constexpr (kArch >= 80)
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        __trap();  // the launcher never chooses this kernel before sm_80
+#endif
+}
+
+// 16 x 8 x 16, bf16: each register holds the two elements of columns (a) or rows (b) 2t and 2t + 1,
+// the lower in the low half; a: rows g, g + 8, then the same 8 columns on; b: then 8 rows on.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4],
+                                         const std::uint32_t (&b)[2] ZF_SITE) {
+#if defined(ZF_SIMT)
+    simt::multiply(simt::Element::bf16, {d, a, b}, {file, line});
+#else
+    if constexpr (kArch >= 80)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        __trap();
+#endif
+}
+
+// The same in fp16.
+__device__ __forceinline__ void mma_fp16(float (&d)[4], const std::uint32_t (&a)[4],
+                                         const std::uint32_t (&b)[2] ZF_SITE) {
+#if defined(ZF_SIMT)
+    simt::multiply(simt::Element::fp16, {d, a, b}, {file, line});
+#else
+    if constexpr (kArch >= 80)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        __trap();
+#endif
+}
+
+// A float's bits rounded to tf32 (10 bits of fraction), to nearest, ties away from zero.
+__device__ __forceinline__ std::uint32_t to_tf32(float x) {
+#if defined(ZF_SIMT)
+    const std::uint32_t bits = __float_as_uint(x);
+    return std::isfinite(x) ? (bits + 0x1000u) & ~0x1fffu : bits;
+#else
+    if constexpr (kArch >= 80) {
+        std::uint32_t rounded;
+        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+        return rounded;
+    } else {
+        __trap();
+        return 0;
+    }
+#endif
+}
+
+}  // namespace zfcuda

@@ -1,7 +1,7 @@
 """The deconvnet: what in the image caused an activation."""
 
 from zfcuda.deconv.deconvnet import DeconvNet, Record, Strongest
+from zfcuda.deconv.notebook import show
 from zfcuda.deconv.receptive_field import Box, Layer
-from zfcuda.deconv.show import show
 
 __all__ = ["Box", "DeconvNet", "Layer", "Record", "Strongest", "show"]

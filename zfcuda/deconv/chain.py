@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ class Step:
 
     name: str
     kind: str
-    module: torch.nn.Module
+    module: Any  # a torch.nn.Module, with the attributes of its kind
     window: Window | None = None
     rectified: bool = False
     aliases: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Step:
 
 _T = torch.nn
 
-KINDS: dict[type, str] = {
+KINDS: dict[Any, str] = {
     nn.ConvReLU2d: "conv",
     _T.Conv2d: "conv",
     _T.ReLU: "relu",
@@ -60,8 +61,10 @@ KINDS: dict[type, str] = {
 REASONS: tuple[tuple[tuple[type, ...], str], ...] = (
     (
         (_T.modules.batchnorm._BatchNorm,),
-        ("batch normalisation has no step in the paper's deconvnet; "
-        "fold it into the convolution before it (torch.nn.utils.fusion.fuse_conv_bn_eval)"),
+        (
+            "batch normalisation has no step in the paper's deconvnet; "
+            "fold it into the convolution before it (torch.nn.utils.fusion.fuse_conv_bn_eval)"
+        ),
     ),
     (
         (_T.AvgPool2d, _T.LPPool2d, _T.FractionalMaxPool2d),
@@ -101,7 +104,7 @@ def chain(model: torch.nn.Module) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
+def _leaves(module: Any, name: str) -> Iterator[tuple[str, torch.nn.Module]]:
     if type(module).forward is _T.Sequential.forward:
         # Not named_children(): that leaves out a module's second use.
         for key, child in module._modules.items():
@@ -111,18 +114,21 @@ def _leaves(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.
         yield name or type(module).__name__, module
 
 
-def _step(name: str, module: torch.nn.Module) -> Step:
-    cls = next((c for c in type(module).__mro__ if c in KINDS), None)
+def _step(name: str, module: Any) -> Step:
+    cls: Any = next((c for c in type(module).__mro__ if c in KINDS), None)
     if cls is None or type(module).forward is not cls.forward:
         raise _refusal(name, module, _reason(module, cls))
     kind = KINDS[cls]
     if kind == "conv":
         return Step(name, kind, module, _conv_window(name, module), rectified=cls is nn.ConvReLU2d)
     if kind == "pool":
-        if getattr(module, "return_indices", False):
-            raise _refusal(name, module, "return_indices=True makes it return two tensors; the deconvnet keeps its own")
+        for option in ("return_indices", "return_switches"):
+            if getattr(module, option, False):
+                raise _refusal(name, module, f"{option}=True makes it return two tensors; the deconvnet keeps its own")
         stride = module.kernel_size if module.stride is None else module.stride
-        window = Window(*map(_pair, (module.kernel_size, stride, module.padding, module.dilation)), module.ceil_mode)
+        window = Window(
+            _pair(module.kernel_size), _pair(stride), _pair(module.padding), _pair(module.dilation), module.ceil_mode
+        )
         return Step(name, kind, module, window)
     if kind == "flatten" and (module.start_dim, module.end_dim) != (1, -1):
         raise _refusal(name, module, "it must flatten everything but the batch (start_dim=1, end_dim=-1)")
@@ -138,7 +144,7 @@ def _check_rank(step: Step, flat: bool) -> bool:
     return flat or step.kind == "flatten"
 
 
-def _conv_window(name: str, conv: torch.nn.Module) -> Window:
+def _conv_window(name: str, conv: Any) -> Window:
     if conv.padding_mode != "zeros":
         raise _refusal(name, conv, f"padding_mode={conv.padding_mode!r} has no transposed convolution; use 'zeros'")
     kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)

@@ -118,7 +118,9 @@ class DeconvNet:
             raise RuntimeError(
                 f"images has shape {tuple(images.shape)}; it must be (N, C, H, W): add a batch with unsqueeze(0)"
             )
-        maps, switches, x = {}, {}, images
+        maps: dict[str, Tensor] = {}
+        switches: dict[str, Tensor] = {}
+        x = images
         for step in self._steps:
             x, switch = _up(step, x)
             maps |= dict.fromkeys((step.name, *step.aliases), x)
@@ -146,7 +148,7 @@ class DeconvNet:
             out.append(Layer(step.name, step.kind, step.aliases, channels, *where))
         return tuple(out)
 
-    def box(self, layer: str, position: tuple[int, int]) -> Box:
+    def box(self, layer: str, position: Sequence[int]) -> Box:
         """The pixels of the network's input that a position of a layer sees (its receptive field).
 
         Parameters
@@ -202,6 +204,20 @@ class DeconvNet:
         if _is_single(units):
             return Strongest(values[:, 0], None if positions is None else positions[:, 0])
         return Strongest(values, positions)
+
+    @torch.no_grad()
+    def strongest_unit(self, record: Record, layer: str) -> Tensor:
+        """The unit of a layer that holds its strongest activation, for each image: int64 (N,).
+
+        The first one where there are several.
+
+        Raises
+        ------
+        ValueError
+            For an unknown layer.
+        """
+        map_ = record.maps[self._steps[self._find(layer)].name]
+        return map_.reshape(*map_.shape[:2], map_.shape[2:].numel()).amax(2).argmax(1)
 
     @torch.no_grad()
     def project(
@@ -265,22 +281,19 @@ class DeconvNet:
         map_ = record.maps[self._steps[top].name]
         index = _unit_index(map_, layer, units)
         single = _is_single(units)
-        positions = (
-            _strongest_positions(map_, index) if position is None else _positions(map_, layer, index, position, single)
-        )
-        starts = _gather(map_, index, positions) if isinstance(start, str) else _starts(map_, index, start, single)
-        if isinstance(start, str) and start != "value":
-            raise ValueError(f"start is {start!r}; it must be 'value', a number or a tensor")
+        if position is None:
+            positions = _strongest_positions(map_, index)
+        else:
+            positions = _positions(map_, layer, index, position, single)
+        starts = _starts(map_, index, positions, start, single)
         out = record.images.new_empty(index.numel(), *record.images.shape[1:])
-        rows = torch.arange(index.numel(), device=index.device)
-        for chunk in rows.split(self._chunk(record, top)):
-            where = [index.flatten()[chunk]]
+        for rows in torch.arange(index.numel(), device=index.device).split(self._chunk(record, top)):
+            where = [torch.arange(len(rows), device=rows.device), index.flatten()[rows]]
             if positions is not None:
-                where += positions.flatten(0, 1)[chunk].unbind(-1)
-            signal = map_.new_zeros(len(chunk), *map_.shape[1:])
-            signal[(torch.arange(len(chunk), device=index.device), *where)] = starts.flatten()[chunk]
-            images = chunk // index.shape[1]
-            out[chunk] = self._down(signal, top, record, images, gate, overlap)
+                where += positions.flatten(0, 1)[rows].unbind(-1)
+            signal = map_.new_zeros(len(rows), *map_.shape[1:])
+            signal[tuple(where)] = starts.flatten()[rows]
+            out[rows] = self._down(signal, top, record, rows // index.shape[1], gate, overlap)
         shape = record.images.shape[:1] if single else index.shape
         return out.view(*shape, *record.images.shape[1:])
 
@@ -338,8 +351,8 @@ def _check_identity(step: Step, x: Tensor) -> Tensor:
     wanted = (size, size) if isinstance(size, int) else tuple(size)
     if any(w is not None and w != have for w, have in zip(wanted, x.shape[2:], strict=True)):
         raise RuntimeError(
-            f"{step.name} ({type(step.module).__name__}) would pool maps of {tuple(x.shape[2:])} to {wanted}; DeconvNet "
-            "goes through it only where it changes nothing: use images of the size that the model was made for"
+            f"{step.name} ({type(step.module).__name__}) would pool maps of {tuple(x.shape[2:])} to {wanted}; "
+            "DeconvNet goes through it only where it changes nothing: use images of the size the model was made for"
         )
     return x
 
@@ -371,6 +384,7 @@ def _step_down(
         )
     if step.kind == "pool":
         assert window is not None
+        assert switches is not None
         slide = (window.kernel, window.stride, window.padding, window.dilation)
         return ops.max_unpool2d(signal, switches, *slide, output_size=below[2:], overlap=overlap)
     if step.kind == "linear":
@@ -405,7 +419,7 @@ def _is_single(units: Units) -> bool:
 def _unit_index(map_: Tensor, layer: str, units: Units) -> Tensor:
     """Units as an int64 tensor (N, U), checked."""
     index = torch.as_tensor(units, device=map_.device)
-    if index.is_floating_point() or index.dtype == torch.bool:
+    if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
         raise TypeError(f"units has dtype {index.dtype}; it must be integers")
     batch, count = map_.shape[:2]
     index = index.long().reshape(1, 1) if index.dim() == 0 else index.long()
@@ -446,8 +460,14 @@ def _positions(map_: Tensor, layer: str, index: Tensor, position: tuple[int, int
     return where
 
 
-def _starts(map_: Tensor, index: Tensor, start: float | Tensor, single: bool) -> Tensor:
-    """Given start values as (N, U)."""
+def _starts(
+    map_: Tensor, index: Tensor, positions: Tensor | None, start: Literal["value"] | float | Tensor, single: bool
+) -> Tensor:
+    """What to start from, as (N, U)."""
+    if isinstance(start, str):
+        if start != "value":
+            raise ValueError(f"start is {start!r}; it must be 'value', a number or a tensor")
+        return _gather(map_, index, positions)
     given = torch.as_tensor(start, dtype=map_.dtype, device=map_.device)
     return _broadcast("start", given, tuple(index.shape), single)
 
@@ -465,4 +485,5 @@ def _broadcast(name: str, given: Tensor, shape: tuple[int, ...], single: bool) -
 def _gather(map_: Tensor, index: Tensor, positions: Tensor | None) -> Tensor:
     """(N, U): the activations at the positions."""
     images = torch.arange(len(map_), device=map_.device)[:, None]
-    return map_[(images, index) if positions is None else (images, index, *positions.unbind(-1))]
+    where = (images, index) if positions is None else (images, index, *positions.unbind(-1))
+    return map_[where]

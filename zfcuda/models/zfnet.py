@@ -178,14 +178,14 @@ def _add_conv(net: ZFNet, number: int, row: Conv, channels: int, size: tuple[int
     smallest = POOL if row.pool else 1
     if min(size) < smallest:
         raise ValueError(f"input_size is {net.input_size}; layer {number} would have maps of {size}: use larger images")
-    after = [("pool", nn.MaxPool2d(POOL, POOL_STRIDE, ceil_mode=True))] if row.pool else []
+    after: dict[str, torch.nn.Module] = {}
+    if row.pool:
+        after["pool"] = nn.MaxPool2d(POOL, POOL_STRIDE, ceil_mode=True)
     if row.norm:
         # Krizhevsky's constants; torch divides alpha by the size, so 1e-4 becomes 5e-4.
-        after.insert(
-            len(after) if norm == "after" else 0, ("norm", nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2))
-        )
-    for name, module in after:
-        net.add_module(f"{name}{number}", module)
+        after["norm"] = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)
+    for name in after if norm == "after" else reversed(after):
+        net.add_module(f"{name}{number}", after[name])
     if row.pool:
         size = tuple(-(-(s - POOL) // POOL_STRIDE) + 1 for s in size)
     return size[0], size[1]

@@ -30,7 +30,14 @@ def pair(name: str, value: int | Sequence[int]) -> list[int]:
     values = values * 2 if len(values) == 1 else values
     if len(values) != 2 or not all(_is_int(v) for v in values):
         raise TypeError(f"{name} is {value!r}; it must be an int or two ints (height, width)")
-    return values  # type: ignore[return-value]
+    return values
+
+
+def integers(name: str, value: Sequence[int]) -> list[int]:
+    """``value`` as a list if it is a sequence of integers, else TypeError."""
+    if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
+        raise TypeError(f"{name} is {value!r}; it must be a sequence of ints")
+    return list(value)
 
 
 def integer(name: str, value: int) -> int:
@@ -129,9 +136,10 @@ def memory_format(value: Tensor) -> torch.memory_format:
     channels_last where the channels are the innermost dimension, contiguous elsewhere. The strides of
     dimensions of size one never matter, for they may differ between a tensor and its fake.
     """
-    if value.is_contiguous() or value.size(1) == 1:
+    if value.is_contiguous() or value.size(1) == 1 or value.stride(1) != 1:
         return torch.contiguous_format
-    return torch.channels_last if value.stride(1) == 1 else torch.contiguous_format
+    outer = all(n == 1 or step >= value.size(1) for n, step in zip(value.shape[2:], value.stride()[2:], strict=True))
+    return torch.channels_last if outer else torch.contiguous_format  # not outer: expanded over the plane
 
 
 def dense(value: MaybeTensor, layout: torch.memory_format) -> MaybeTensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, memory_format, option, pair, tensor
+from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, integers, memory_format, option, pair, tensor
 from zfcuda.ops._pool import Window, check_switches
 
 __all__ = ["max_unpool2d"]
@@ -43,7 +43,7 @@ def max_unpool2d(
     overlap
         Where the switches of several windows meet: ``"sum"`` adds them, exactly the transpose of pooling;
         ``"overwrite"`` keeps the last window in row-major order, even if its value is zero, as torch does on
-        the CPU.
+        the CPU with one thread.
 
     Returns
     -------
@@ -66,9 +66,6 @@ def max_unpool2d(
     number back, which on CUDA waits for the device; while a CUDA graph is being captured it is left out.
     """
     kernel = pair("kernel_size", kernel_size)
-    size = None if output_size is None else list(output_size)
-    if size is not None and not all(isinstance(n, (int, torch.SymInt)) for n in size):
-        raise TypeError(f"output_size is {output_size!r}; it must be a sequence of ints")
     return unpool(
         tensor("input", input),
         tensor("switches", switches),
@@ -76,7 +73,7 @@ def max_unpool2d(
         kernel if stride is None else pair("stride", stride),
         pair("padding", padding),
         pair("dilation", dilation),
-        size,
+        None if output_size is None else integers("output_size", output_size),
         option("overlap", overlap, OVERLAPS) == "overwrite",
         True,
     )

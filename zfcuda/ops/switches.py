@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zfcuda.ops._common import check_shape, pair, tensor
+from zfcuda.ops._common import check_shape, integers, pair, tensor
 from zfcuda.ops._pool import Window, check_switches
 
 __all__ = ["indices_to_switches", "switches_to_indices"]
@@ -96,7 +96,7 @@ def _window(
     stride = kernel if stride is None else pair("stride", stride)
     window = Window(kernel, stride, pair("padding", padding), pair("dilation", dilation))
     window.check()
-    return window, pair("input_size", list(input_size)[-2:])
+    return window, pair("input_size", integers("input_size", input_size)[-2:])
 
 
 def _check_pooled(name: str, value: Tensor, window: Window, size: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from zfcuda.deconv.deconvnet import DeconvNet, Gate, Record
+from zfcuda.deconv.deconvnet import DeconvNet, Gate
 from zfcuda.report import pictures
 
 __all__ = ["show"]
@@ -66,26 +66,14 @@ def show(
     net = model if isinstance(model, DeconvNet) else DeconvNet(model)
     record = net(_as_input(net, image, mean, std, input_size or net.input_size))
     if unit is None:
-        unit = _strongest_unit(record, layer) if layer in record.maps else 0  # project() names the valid layers
-    projected = net.project(record, layer, unit, gate=gate)[0].cpu().numpy()
-    shown = pictures.patch(record.images[0].cpu().numpy(), mean, std)
+        unit = int(net.strongest_unit(record, layer)[0])
+    projected = pictures.projection(net.project(record, layer, unit, gate=gate)[0].cpu())
+    patch = pictures.patch(record.images[0].cpu(), mean, std)
     positions = net.strongest(record, layer, unit).positions
     if positions is not None:
-        y, x = positions[0].tolist()
-        box = net.box(layer, (y, x))
-        scale = float(np.abs(projected).max(initial=0.0))
-        halves = [pictures.crop(pictures.projection(projected, scale), box), pictures.crop(shown, box)]
-    else:
-        halves = [pictures.projection(projected), shown]
-    return Image.fromarray(pictures.beside(*(pictures.enlarge(half, size) for half in halves)))
-
-
-def _strongest_unit(record: Record, layer: str) -> int:
-    return (
-        int(record.maps[layer][0].flatten(1).amax(1).argmax())
-        if record.maps[layer].dim() > 2
-        else int(record.maps[layer][0].argmax())
-    )
+        box = net.box(layer, positions[0].tolist())
+        projected, patch = pictures.crop(projected, box), pictures.crop(patch, box)
+    return Image.fromarray(pictures.beside(pictures.enlarge(projected, size), pictures.enlarge(patch, size)))
 
 
 def _as_input(
@@ -113,7 +101,7 @@ def _as_photo(image: object) -> Image.Image:
         array = np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise TypeError(
-            f"image is {type(image).__name__} of {array.dtype} {array.shape}; it must be a path, a PIL image, a tensor, "
-            "or an array (height, width[, channels]) of uint8 or of floats in 0 … 1"
+            f"image is {type(image).__name__} of {array.dtype} {array.shape}; it must be a path, a PIL image, a "
+            "tensor, or an array (height, width[, channels]) of uint8 or of floats in 0 … 1"
         )
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)

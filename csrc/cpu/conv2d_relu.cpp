@@ -1,0 +1,54 @@
+// Convolution, bias and rectifier in one pass.
+//
+//   maps[n,o,y,x] = gate(bias[o] + sum over i,ky,kx of weight[o,i,ky,kx] *
+//                                   image[n, i, y*stride - padding + ky*dilation, …])
+#include "convolution.h"
+
+namespace zfcuda {
+namespace {
+
+template <typename T>
+Pass<T> forward_pass(const ConvShape& s, const T* weight) {
+    const Axis rows = forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h,
+                                   s.dilation_h);
+    const Axis columns = forward_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w,
+                                      s.padding_w, s.dilation_w);
+    const std::int64_t filter = s.in_per_group() * s.taps();
+    return {{s.image(), rows, columns, 0, s.in_per_group()},
+            s.maps(),
+            s.batch,
+            s.groups,
+            s.out_per_group(),
+            weight,
+            s.out_per_group() * filter,
+            filter,
+            s.taps(),
+            s.kernel_w};
+}
+
+}  // namespace
+
+std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    std::int64_t bytes = 0;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const Pass<T> pass = forward_pass<T>(s, nullptr);
+        bytes = kLine + sizeof(T) * (pass.packed_weight() +
+                                     pass_scratch<T>(pass.columns) * max_threads(exec));
+    });
+    return bytes;
+}
+
+void conv2d(const ConvShape& s, Dtype dtype, Gate gate, Address image, Address weight,
+            Address bias, Address forward, Address maps, Address workspace, const Exec& exec) {
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const Pass<T> pass = forward_pass(s, weight.as<const T>());
+        const Epilogue<T> epilogue{gate, bias.as<const T>(), forward.as<const T>(), maps.as<T>()};
+        T* packed = aligned<T>(workspace);
+        const Source<Gate::none, T> source{image.as<const T>(), nullptr};
+        run_pass(pass, source, epilogue, packed, packed + pass.packed_weight(), exec);
+    });
+}
+
+}  // namespace zfcuda

@@ -1,0 +1,143 @@
+// The gradient with respect to the weight and the bias of both convolutions.
+//
+//   grad_weight[o,i,ky,kx] = sum over n,y,x of gate(signal)[n,o,y,x] *
+//                                              image[n, i, y*stride - padding + ky*dilation, …]
+//   grad_bias[o]           = sum over n,y,x of gate(signal)[n,o,y,x]
+//
+// A matrix product over the pixels: rows are map channels, columns are (ky, kx, i) and one more
+// column of ones that yields grad_bias. Each tile of the result is the work of one thread, which
+// walks all pixels in order: the sum does not depend on the number of threads.
+#include "convolution.h"
+
+namespace zfcuda {
+namespace {
+
+constexpr std::int64_t kGradRows = 16 * gemm::kRows;
+template <typename T>
+constexpr std::int64_t kGradColumns = 3 * gemm::kColumns<T>;
+
+// Scratch of one thread: packed signal, packed image, tiles.
+template <typename T>
+constexpr std::int64_t kGradScratch =
+    gemm::kDepth * (kGradRows + kGradColumns<T>) + kGradRows * kGradColumns<T>;
+
+template <typename T>
+Taps<T> image_taps(const ConvShape& s, std::int64_t group) {
+    const Axis rows = forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h,
+                                   s.dilation_h);
+    const Axis columns = forward_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w,
+                                      s.padding_w, s.dilation_w);
+    return {s.image(), rows, columns, group * s.in_per_group(), s.in_per_group()};
+}
+
+// Panels of `rows` channels of the signal from `channel`, for `length` pixels from `at`.
+template <typename T, typename Read>
+void pack_signal(const Layout& maps, const Read& source, Cursor at, std::int64_t channel,
+                 std::int64_t rows, std::int64_t length, T* dest) {
+    const std::int64_t step = maps.step_channel();
+    for (std::int64_t k = 0; k < length; ++k, at.next()) {
+        const std::int64_t pixel = maps.offset(at.n, channel, at.y, at.x);
+        gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
+            T* panel = dest + i * length + k * height;
+            const std::int64_t used = std::min(height, rows - i);
+            for (std::int64_t r = 0; r < used; ++r) panel[r] = source(pixel + (i + r) * step);
+            for (std::int64_t r = used; r < height; ++r) panel[r] = 0;
+        });
+    }
+}
+
+// Panels of the columns [column, column + columns) of the image's taps, for `length` pixels. The
+// column after the last tap is one, those after it zero.
+template <typename T, typename Read>
+void pack_image(const Taps<T>& taps, const Read& source, Cursor at, std::int64_t column,
+                std::int64_t columns, std::int64_t length, T* dest) {
+    for (std::int64_t k = 0; k < length; ++k, at.next())
+        gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
+            T* panel = dest + j * length + k * width;
+            const std::int64_t from = column + j, to = std::min(from + width, taps.size());
+            const std::int64_t used = std::max<std::int64_t>(to - from, 0);
+            if (used > 0) taps.read_row(source, at, from, to, panel);
+            for (std::int64_t c = used; c < width; ++c) panel[c] = from + c == taps.size();
+        });
+}
+
+template <typename T>
+void store_gradient(const ConvShape& s, const T* tiles, std::int64_t channel, std::int64_t rows,
+                    std::int64_t column, std::int64_t columns, T* grad_weight, T* grad_bias) {
+    const std::int64_t channels = s.in_per_group(), size = channels * s.taps();
+    gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
+        gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
+            const T* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
+            for (std::int64_t r = 0; r < std::min(height, rows - i); ++r)
+                for (std::int64_t c = 0; c < std::min(width, columns - j); ++c) {
+                    const std::int64_t k = column + j + c, o = channel + i + r;
+                    const T value = tile[r * width + c];
+                    if (k == size)
+                        grad_bias[o] = value;
+                    else
+                        grad_weight[(o * channels + k % channels) * s.taps() + k / channels] =
+                            value;
+                }
+        });
+    });
+}
+
+template <typename T, typename Read>
+void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_weight, T* grad_bias,
+              T* scratch, const Exec& exec) {
+    const Source<Gate::none, T> source{image, nullptr};
+    const std::int64_t size = s.in_per_group() * s.taps() + (grad_bias ? 1 : 0);
+    const std::int64_t row_blocks = gemm::divide_up(s.out_per_group(), kGradRows);
+    const std::int64_t column_blocks = gemm::divide_up(size, kGradColumns<T>);
+    const std::int64_t units = s.groups * row_blocks * column_blocks;
+    parallel_for_thread(units, exec, [&](std::int64_t unit, int thread) {
+        const std::int64_t column = unit % column_blocks * kGradColumns<T>;
+        const std::int64_t row = unit / column_blocks % row_blocks * kGradRows;
+        const std::int64_t group = unit / column_blocks / row_blocks;
+        const std::int64_t rows = std::min(kGradRows, s.out_per_group() - row);
+        const std::int64_t columns = std::min(kGradColumns<T>, size - column);
+        const std::int64_t channel = group * s.out_per_group() + row;
+        T* a = scratch + thread * kGradScratch<T>;
+        T* b = a + gemm::kDepth * kGradRows;
+        T* tiles = b + gemm::kDepth * kGradColumns<T>;
+        const Taps<T> taps = image_taps<T>(s, group);
+        const std::int64_t pixels = taps.positions(s.batch);
+        std::int64_t k = 0;
+        do {
+            const std::int64_t length = std::min(gemm::kDepth, pixels - k);
+            if (length > 0) {
+                const Cursor at(taps.rows, taps.columns, k);
+                pack_signal(s.maps(), signal, at, channel, rows, length, a);
+                pack_image(taps, source, at, column, columns, length, b);
+            }
+            gemm::multiply<T, gemm::Rows::k_major>(a, b, rows, columns, length, tiles, k > 0);
+            k += length;
+        } while (k < pixels);
+        store_gradient(s, tiles, channel, rows, column, columns, grad_weight, grad_bias);
+    });
+}
+
+}  // namespace
+
+std::int64_t conv2d_weight_gradient_workspace(const ConvShape&, Dtype dtype, const Exec& exec) {
+    std::int64_t bytes = 0;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        bytes = kLine + sizeof(T) * kGradScratch<T> * max_threads(exec);
+    });
+    return bytes;
+}
+
+void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
+                            Address signal, Address forward, Address grad_weight,
+                            Address grad_bias, Address workspace, const Exec& exec) {
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        with_source<T>(gate, signal, forward, [&](const auto& source) {
+            gradient(s, image.as<const T>(), source, grad_weight.as<T>(), grad_bias.as<T>(),
+                     aligned<T>(workspace), exec);
+        });
+    });
+}
+
+}  // namespace zfcuda

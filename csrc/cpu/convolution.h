@@ -1,0 +1,149 @@
+// The driver of the forward and the transposed convolution: a matrix product of output positions
+// (rows) with output channels (columns), whose left operand is packed from the source on the fly,
+// a block at a time (implicit GEMM; nothing of the size of an im2col matrix exists).
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+#include "taps.h"
+
+namespace zfcuda {
+
+// One pass: dest = taps of source x weight.
+template <typename T>
+struct Pass {
+    Taps<T> taps;  // of group 0
+    Layout dest;
+    std::int64_t batch, groups;
+    std::int64_t columns;  // output channels of a group
+    // Element of the weight for group 0, output channel j, source channel c, kernel position 0.
+    const T* weight;
+    std::int64_t weight_group, weight_column, weight_channel, kernel_w;
+
+    std::int64_t depth() const { return taps.size(); }
+    std::int64_t packed_weight() const {
+        return groups * depth() * gemm::padded_columns<T>(columns);
+    }
+};
+
+// What happens to a sum before it is stored.
+template <typename T>
+struct Epilogue {
+    Gate gate;
+    const T* bias;
+    const T* forward;
+    T* dest;
+
+    void operator()(std::int64_t offset, std::int64_t channel, T value) const {
+        if (bias) value += bias[channel];
+        if (gate == Gate::deconvnet) value = value <= 0 ? T(0) : value;
+        if (gate == Gate::backprop) value = forward[offset] <= 0 ? T(0) : value;
+        dest[offset] = value;
+    }
+};
+
+constexpr std::int64_t kPassRows = 8 * gemm::kRows;
+template <typename T>
+constexpr std::int64_t kPassColumns = 12 * gemm::kColumns<T>;
+
+// Scratch of one thread: a block of packed rows and the tiles of the block of the result.
+template <typename T>
+constexpr std::int64_t pass_scratch(std::int64_t columns) {
+    return kPassRows * (gemm::kRowStride +
+                        gemm::padded_columns<T>(std::min(columns, kPassColumns<T>)));
+}
+
+// The packed weight: for each group, for each block of depth, the panels of columns, k-major.
+template <typename T>
+void pack_weight(const Pass<T>& pass, T* packed, const Exec& exec) {
+    const std::int64_t depth = pass.depth(), panel = gemm::kColumns<T>;
+    const std::int64_t padded = gemm::padded_columns<T>(pass.columns);
+    const std::int64_t panels = gemm::divide_up(padded, panel);
+    const Axis &rows = pass.taps.rows, &columns = pass.taps.columns;
+    parallel_for(pass.groups * panels, exec, [&](std::int64_t unit) {
+        const std::int64_t group = unit / panels, first = unit % panels * panel;
+        const std::int64_t width = std::min(panel, padded - first);
+        const std::int64_t used = std::min(width, pass.columns - first);
+        const T* weight = pass.weight + group * pass.weight_group + first * pass.weight_column;
+        std::int64_t k = 0;
+        for (std::int64_t ty = 0; ty < rows.taps; ++ty)
+            for (std::int64_t tx = 0; tx < columns.taps; ++tx)
+                for (std::int64_t c = 0; c < pass.taps.channels; ++c, ++k) {
+                    const std::int64_t block = k / gemm::kDepth * gemm::kDepth;
+                    const std::int64_t length = std::min(gemm::kDepth, depth - block);
+                    T* dest = packed + (group * depth + block) * padded + first * length +
+                              (k - block) * width;
+                    const T* from = weight + c * pass.weight_channel +
+                                    rows.kernel(ty) * pass.kernel_w + columns.kernel(tx);
+                    for (std::int64_t j = 0; j < used; ++j) dest[j] = from[j * pass.weight_column];
+                    for (std::int64_t j = used; j < width; ++j) dest[j] = 0;
+                }
+    });
+}
+
+template <typename T>
+void store_tiles(const Pass<T>& pass, const Epilogue<T>& epilogue, const T* tiles,
+                 std::int64_t position, std::int64_t rows, std::int64_t channel,
+                 std::int64_t columns) {
+    gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
+        Cursor at(pass.taps.rows, pass.taps.columns, position);
+        const std::int64_t used = std::min(width, columns - j);
+        gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
+            const T* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
+            for (std::int64_t r = 0; r < std::min(height, rows - i); ++r, at.next()) {
+                const std::int64_t offset =
+                    pass.dest.offset(at.n, channel + j, pass.taps.rows.dest(at.y),
+                                     pass.taps.columns.dest(at.x));
+                for (std::int64_t c = 0; c < used; ++c)
+                    epilogue(offset + c * pass.dest.step_channel(), channel + j + c,
+                             tile[r * width + c]);
+            }
+        });
+    });
+}
+
+// Runs a pass; `packed` has room for pass.packed_weight(), `scratch` for pass_scratch() a thread.
+template <typename T, typename Read>
+void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilogue, T* packed,
+              T* scratch, const Exec& exec) {
+    pack_weight(pass, packed, exec);
+    const std::int64_t positions = pass.taps.positions(pass.batch), depth = pass.depth();
+    const std::int64_t row_blocks = gemm::divide_up(positions, kPassRows);
+    const std::int64_t column_blocks = gemm::divide_up(pass.columns, kPassColumns<T>);
+    const std::int64_t padded = gemm::padded_columns<T>(pass.columns);
+    parallel_for_thread(
+        row_blocks * pass.groups * column_blocks, exec, [&](std::int64_t unit, int thread) {
+            const std::int64_t column = unit % column_blocks * kPassColumns<T>;
+            const std::int64_t group = unit / column_blocks % pass.groups;
+            const std::int64_t position = unit / column_blocks / pass.groups * kPassRows;
+            const std::int64_t rows = std::min(kPassRows, positions - position);
+            const std::int64_t columns = std::min(kPassColumns<T>, pass.columns - column);
+            T* a = scratch + thread * pass_scratch<T>(pass.columns);
+            T* tiles = a + kPassRows * gemm::kRowStride;
+            Taps<T> taps = pass.taps;
+            taps.first_channel += group * taps.channels;
+            std::int64_t k = 0;
+            do {
+                const std::int64_t length = std::min(gemm::kDepth, depth - k);
+                Cursor at(taps.rows, taps.columns, position);
+                for (std::int64_t r = 0; r < rows; ++r, at.next())
+                    taps.read_row(source, at, k, k + length, a + r * gemm::kRowStride);
+                const T* b = packed + (group * depth + k) * padded + column * length;
+                gemm::multiply<T, gemm::Rows::row_major>(a, b, rows, columns, length, tiles,
+                                                         k > 0);
+                k += length;
+            } while (k < depth);
+            store_tiles(pass, epilogue, tiles, position, rows, group * pass.columns + column,
+                        columns);
+        });
+}
+
+// Workspaces are cut at cache lines.
+constexpr std::int64_t kLine = 64;
+template <typename T>
+T* aligned(Address workspace) {
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace.value);
+    return reinterpret_cast<T*>(gemm::round_up(static_cast<std::int64_t>(address), kLine));
+}
+
+}  // namespace zfcuda

@@ -1,0 +1,23 @@
+// Gate and transposed convolution in one pass: the way down of the deconvnet and of
+// backpropagation.
+//
+//   image[n,i,y,x] = bias[i] + sum over o,ky,kx of weight[o,i,ky,kx] * gate(signal)[n,o,my,mx]
+//                    with my*stride - padding + ky*dilation = y, likewise mx
+//
+// The product is tap_gemm.cuh's, a slice of the grid for each phase of the stride: a 7x7 filter
+// with stride 2 becomes 16 + 12 + 12 + 9 taps instead of four times 49 with zeros between. The
+// gate acts while the signal is loaded. Least bytes: signal (and forward) + weights + image.
+#include "tap_gemm.cuh"
+
+namespace zfcuda {
+
+std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
+    return tap_gemm_workspace<true>(s, dtype);
+}
+
+void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address forward,
+              Address weight, Address bias, Address image, Address workspace, const Exec& exec) {
+    tap_gemm<true>(s, dtype, gate, signal, weight, bias, forward, image, workspace, exec);
+}
+
+}  // namespace zfcuda

@@ -1,0 +1,183 @@
+// Unpooling by switches, its transpose, and the check of switches.
+//
+//   unpooled[p] = sum of pooled[w] over the windows w whose switch points to p, in row-major order;
+//                 with overwrite: pooled of the last such window
+//   pooled[w]   = unpooled[switch of w]; with overwrite: zero unless w is that last window
+//
+//                   windows that cover pixel y: those oy with
+//   0 <= y + padding - oy * stride <= (kernel - 1) * dilation, a multiple of dilation
+//
+// Both gather: a thread a result, or four channels of one in NHWC, in storage order (places.cuh).
+// A pixel looks at the ceil(extent / stride)² windows that cover it, which its neighbours share
+// through L1; nothing is cleared first, nothing is added atomically, and every order is fixed.
+// Least bytes: pooled + one byte a switch + unpooled.
+// Measured:
+#include "places.cuh"
+
+namespace zfcuda {
+namespace {
+
+// One dimension of the windows; `extent` is (kernel - 1) * dilation.
+struct WindowAxis {
+    int windows, kernel, padding, extent;
+    Divisor stride, dilation;
+
+    WindowAxis(std::int64_t count, std::int64_t kernel_size, std::int64_t stride_size,
+               std::int64_t padding_size, std::int64_t dilation_size)
+        : windows(static_cast<int>(count)),
+          kernel(static_cast<int>(kernel_size)),
+          padding(static_cast<int>(padding_size)),
+          extent(static_cast<int>((kernel_size - 1) * dilation_size)),
+          stride(stride_size),
+          dilation(dilation_size) {}
+
+    // The windows whose extent covers a position: first <= window <= last.
+    ZF_HD int first(int position) const {
+        const int start = position + padding - extent;
+        return start > 0 ? stride.ceil_divide(start) : 0;
+    }
+    ZF_HD int last(int position) const {
+        const int window = stride.divide(position + padding);
+        return window < windows ? window : windows - 1;
+    }
+    // Which of a covering window's taps lies at the position, or -1 between taps.
+    ZF_HD int tap(int position, int window) const {
+        const int distance = position + padding - window * static_cast<int>(stride.divisor);
+        const int index = dilation.divide(distance);
+        return index * static_cast<int>(dilation.divisor) == distance ? index : -1;
+    }
+    ZF_HD int position(int window, int tap_index) const {
+        return window * static_cast<int>(stride.divisor) - padding +
+               tap_index * static_cast<int>(dilation.divisor);
+    }
+};
+
+// How windows and positions of a tensor correspond.
+struct Windows {
+    WindowAxis y, x;
+    Places pooled, unpooled;
+    int height, width;  // of the unpooled tensor
+
+    Windows(const PoolShape& s, int vector)
+        : y(s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h),
+          x(s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w),
+          pooled(s.output(), s.batch, vector),
+          unpooled(s.input(), s.batch, vector),
+          height(static_cast<int>(s.in_height)),
+          width(static_cast<int>(s.in_width)) {}
+};
+
+// body(window's offset in the pooled tensors, switch that points here) for the windows that cover
+// a place of the unpooled tensor, in row-major order.
+template <typename Body>
+__device__ void for_each_window(const Windows& w, const Place& place, Body&& body) {
+    const int last_y = w.y.last(place.y), last_x = w.x.last(place.x);
+    for (int oy = w.y.first(place.y); oy <= last_y; ++oy) {
+        const int i = w.y.tap(place.y, oy);
+        if (i < 0) continue;
+        for (int ox = w.x.first(place.x); ox <= last_x; ++ox) {
+            const int j = w.x.tap(place.x, ox);
+            if (j >= 0) body(w.pooled.offset(place.slab, oy, ox, place.inner), i * w.x.kernel + j);
+        }
+    }
+}
+
+template <typename T, int kVector>
+__global__ void __launch_bounds__(kThreads)
+    max_unpool2d_kernel(Windows w, bool overwrite, const T* pooled, const std::uint8_t* switches,
+                        T* unpooled) {
+    for_each_place(w.unpooled, [&](std::int64_t index, const Place& place) {
+        Vector<T, kVector> sum = {};
+        for_each_window(w, place, [&](std::int64_t offset, int here) {
+            const auto where = load_vector<std::uint8_t, kVector>(switches + offset);
+            const auto value = load_vector<T, kVector>(pooled + offset);
+#pragma unroll
+            for (int e = 0; e < kVector; ++e)
+                if (where.value[e] == here)
+                    sum.value[e] = overwrite ? value.value[e] : sum.value[e] + value.value[e];
+        });
+        store_vector(unpooled + index * kVector, sum);
+    });
+}
+
+// The place that a window's switch points to; y is -1 where it points outside.
+__device__ Place switch_target(const Windows& w, const Place& window, int where) {
+    const int i = where / w.x.kernel, j = where - i * w.x.kernel;
+    const int y = w.y.position(window.y, i), x = w.x.position(window.x, j);
+    const bool inside = i < w.y.kernel && y >= 0 && y < w.height && x >= 0 && x < w.width;
+    return {window.slab, inside ? y : -1, x, window.inner};
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    switch_gather_kernel(Windows w, bool overwrite, const T* unpooled, const std::uint8_t* switches,
+                         T* pooled) {
+    for_each_place(w.pooled, [&](std::int64_t index, const Place& place) {
+        const Place target = switch_target(w, place, switches[index]);
+        std::int64_t owner = target.y >= 0 ? index : -1;
+        if (overwrite && target.y >= 0)
+            for_each_window(w, target, [&](std::int64_t offset, int here) {
+                if (switches[offset] == here) owner = offset;
+            });
+        pooled[index] =
+            owner == index
+                ? unpooled[w.unpooled.offset(target.slab, target.y, target.x, target.inner)]
+                : T(0);
+    });
+}
+
+__global__ void clear_first_kernel(unsigned long long* first) { *first = ~0ull; }
+
+// -1 is the largest unsigned number, so the smallest index wins.
+__global__ void __launch_bounds__(kThreads)
+    find_invalid_switch_kernel(Windows w, const std::uint8_t* switches, unsigned long long* first) {
+    for_each_place(w.pooled, [&](std::int64_t index, const Place& place) {
+        if (switch_target(w, place, switches[index]).y < 0)
+            atomicMin(first, static_cast<unsigned long long>(index));
+    });
+}
+
+}  // namespace
+
+void max_unpool2d(const PoolShape& s, Dtype dtype, bool overwrite, Address pooled, Address switches,
+                  Address unpooled, const Exec& exec) {
+    if (s.inputs() == 0) return;
+    const auto run = [&](auto kernel, auto zero, int vector) {
+        using T = decltype(zero);
+        const Windows windows(s, vector);
+        launch(kernel, windows.unpooled.grid(), dim3(kThreads), 0, exec, windows, overwrite,
+               pooled.as<const T>(), switches.as<const std::uint8_t>(), unpooled.as<T>());
+    };
+    if (four_channels(s.input(), dtype, pooled, switches, unpooled))
+        run(max_unpool2d_kernel<float, 4>, float{}, 4);
+    else if (dtype == Dtype::float32)
+        run(max_unpool2d_kernel<float, 1>, float{}, 1);
+    else
+        run(max_unpool2d_kernel<double, 1>, double{}, 1);
+}
+
+void switch_gather(const PoolShape& s, Dtype dtype, bool overwrite, Address unpooled,
+                   Address switches, Address pooled, const Exec& exec) {
+    if (s.outputs() == 0) return;
+    const auto run = [&](auto kernel, auto zero) {
+        using T = decltype(zero);
+        const Windows windows(s, 1);
+        launch(kernel, windows.pooled.grid(), dim3(kThreads), 0, exec, windows, overwrite,
+               unpooled.as<const T>(), switches.as<const std::uint8_t>(), pooled.as<T>());
+    };
+    if (dtype == Dtype::float32)
+        run(switch_gather_kernel<float>, float{});
+    else
+        run(switch_gather_kernel<double>, double{});
+}
+
+void find_invalid_switch(const PoolShape& s, Address switches, Address first_invalid,
+                         const Exec& exec) {
+    launch(clear_first_kernel, dim3(1), dim3(1), 0, exec, first_invalid.as<unsigned long long>());
+    if (s.outputs() == 0) return;
+    const Windows windows(s, 1);
+    launch(find_invalid_switch_kernel, windows.pooled.grid(), dim3(kThreads), 0, exec, windows,
+           switches.as<const std::uint8_t>(), first_invalid.as<unsigned long long>());
+}
+
+}  // namespace zfcuda

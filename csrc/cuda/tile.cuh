@@ -1,0 +1,137 @@
+// The product of two tiles in shared memory, the inner loop of every convolution here.
+//
+//   accumulator[row][column] += sum over k of a[k][row] * b[k][column]
+//
+// Both tiles lie k-major, so that a thread reads its rows and columns as 16-byte packs:
+//
+//   warp = 8 x 4 threads           a thread = kRows x 4 results, rows in quads:
+//                                  quad 0 in the first half of the tile, quad 1 in the second
+//
+// A pack read by a warp is then at most 8 different addresses in a row: one pass of the 32 banks.
+// Whoever fills a tile may run its lanes along k or along the columns: column c of row k lies at
+// c ^ swizzle(k), which spreads four k quads over the banks and keeps every quad of columns whole.
+#pragma once
+
+#include "vector.cuh"
+
+namespace zfcuda {
+
+constexpr int kTileThreads = 256;
+
+// Blocks that an SM is to hold: 128 registers a thread of floats, 255 of doubles.
+template <typename T>
+constexpr int kResidentBlocks = sizeof(T) == 4 ? 2 : 1;
+
+template <int kWidth>
+ZF_HD int tile_slot(int k, int column) {
+    return k * kWidth + (column ^ (((k & 12) << 1 | (k & 1) << 2) & (kWidth - 1)));
+}
+
+// The sizes of a block's product: kM x kN results, kRows x 4 a thread, kDepth products at a time.
+template <typename T, int kBlockM, int kBlockN>
+struct Tile {
+    static constexpr int kM = kBlockM, kN = kBlockN, kDepth = 64 / sizeof(T);
+    static constexpr int kRows = kM * kN / (4 * kTileThreads);
+    static constexpr int kRowThreads = kM / kRows;
+
+    using Accumulator = T[kRows][4];
+
+    __device__ static int row_thread() {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        return warp % (kRowThreads / 8) * 8 + lane % 8;
+    }
+    // The tile's row of a thread's row i; four at a time are neighbours.
+    __device__ static int row(int i) {
+        return i / 4 * (4 * kRowThreads) + row_thread() * 4 + i % 4;
+    }
+    // The tile's column of a thread's column 0.
+    __device__ static int column() {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        return (warp / (kRowThreads / 8) * 4 + lane / 8) * 4;
+    }
+
+    __device__ static void multiply(const T* a, const T* b, Accumulator& accumulator) {
+        const int first_row = row(0), first_column = column();
+#pragma unroll
+        for (int k = 0; k < kDepth; ++k) {
+            T left[kRows], right[4];
+#pragma unroll
+            for (int i = 0; i < kRows; i += 4)
+                read_quad(a + tile_slot<kM>(k, i * kRowThreads + first_row), left + i);
+            read_quad(b + tile_slot<kN>(k, first_column), right);
+#pragma unroll
+            for (int i = 0; i < kRows; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) accumulator[i][j] += left[i] * right[j];
+        }
+    }
+
+  private:
+    __device__ static void read_quad(const T* from, T* to) {
+#pragma unroll
+        for (int i = 0; i < 4; i += Pack<T>::size) {
+            const Pack<T> pack = load_vector<T, Pack<T>::size>(from + i);
+#pragma unroll
+            for (int j = 0; j < Pack<T>::size; ++j) to[i + j] = pack.value[j];
+        }
+    }
+};
+
+// A number of three digits that counts up by a fixed step without divisions; `high` is unbounded.
+// Convolutions count k = (row of taps, column of taps, channel) or (image, row, column) with it.
+struct Odometer {
+    int low, middle, high;
+
+    Odometer() = default;
+    ZF_HD Odometer(std::int64_t number, int low_base, int middle_base)
+        : low(static_cast<int>(number % low_base)),
+          middle(static_cast<int>(number / low_base % middle_base)),
+          high(static_cast<int>(number / low_base / middle_base)) {}
+
+    ZF_HD void advance(const Odometer& step, int low_base, int middle_base) {
+        low += step.low;
+        middle += step.middle;
+        high += step.high;
+        if (low >= low_base) {
+            low -= low_base;
+            ++middle;
+        }
+        if (middle >= middle_base) {
+            middle -= middle_base;
+            ++high;
+        }
+    }
+};
+
+// The gate's two halves: what the signal's own sign does, and what the forward map does. Kernels
+// get the address of the forward map only where the second is asked for.
+constexpr int kOutside = -(1 << 30);  // a coordinate that no tap brings back into an image
+
+constexpr int kRectify = 1, kMask = 2;
+static_assert(int(Gate::deconvnet) == kRectify && int(Gate::backprop) == kMask &&
+                  int(Gate::guided) == (kRectify | kMask),
+              "a gate is a set of its halves");
+
+template <typename T>
+ZF_HD T rectify(T value) {
+    return value < T(0) ? T(0) : value;  // keeps NaN
+}
+
+// kVector neighbours in one load; zero where `forward` is given and blocks them.
+template <typename T, int kVector>
+__device__ Vector<T, kVector> load_gated(const T* from, const T* forward, std::int64_t offset) {
+    Vector<T, kVector> vector = load_vector<T, kVector>(from + offset);
+    if (forward != nullptr) {
+        const Vector<T, kVector> mask = load_vector<T, kVector>(forward + offset);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+            if (mask.value[i] <= T(0)) vector.value[i] = T(0);
+    }
+    return vector;
+}
+
+inline Address mask_of(Gate gate, Address forward) {
+    return static_cast<int>(gate) & kMask ? forward : Address{};
+}
+
+}  // namespace zfcuda

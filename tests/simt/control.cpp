@@ -1,0 +1,18 @@
+// The emulator's own part of the backend module: its identity, and its settings for the tests.
+#include "../../csrc/ops.h"
+#include "runtime.h"
+
+#if defined(ZF_SIMT_BACKEND)
+namespace zfcuda {
+
+std::string target() { return "emulator"; }
+std::string machine() { return "emulator"; }
+
+}  // namespace zfcuda
+#endif
+
+extern "C" __attribute__((visibility("default"))) void zf_simt_configure(int order,
+                                                                         std::uint64_t seed,
+                                                                         int preempt, int arch) {
+    simt::settings = {order, seed, preempt, arch};
+}

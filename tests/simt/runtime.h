@@ -1,0 +1,152 @@
+// The inside of the emulator: what its own files share.
+#pragma once
+
+#include <cstdarg>
+#include <string>
+#include <vector>
+
+#include "simt.h"
+
+namespace simt {
+
+#if defined(ZF_SIMT_FAST)
+constexpr bool kChecked = false;  // compiled without the hooks: no shadow, no registry
+#else
+constexpr bool kChecked = true;
+#endif
+
+// ---- settings and errors (report.cpp)
+
+struct Settings {
+    int order = 0;  // of threads and of blocks: 0 forward, 1 reverse, 2 shuffled with `seed`
+    std::uint64_t seed = 0;
+    int preempt = 0;  // yield after about so many checked accesses; 0 never
+    int arch = 86;
+};
+extern Settings settings;
+
+// Stops the launch with an error of the running thread. `pc` is where in the kernel, if known.
+[[noreturn]] void fail_at(const void* pc, const char* kind, const char* format, ...)
+    __attribute__((format(printf, 3, 4)));
+[[noreturn]] void stop(std::string error);  // (scheduler.cpp) the end of all failures
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string text(const char* format, va_list arguments);
+std::string where(const void* pc);           // "function at file:line"
+std::string function_at(const void* start);  // "function"
+std::uint32_t code_offset(const void* pc);   // a pc in 32 bits, for the shadow
+const void* code_address(std::uint32_t offset);
+
+// ---- fibers (fibers.cpp)
+
+constexpr std::size_t kStackBytes = 64 * 1024;
+constexpr int kMaxThreads = 1024;
+extern char* stacks;  // kMaxThreads of them
+
+struct Fiber {
+    void* context = nullptr;
+    void start(int index, void (*entry)());
+    bool overflowed(int index) const;
+};
+void resume(Fiber& fiber);   // called by the scheduler
+void suspend(Fiber& fiber);  // called by the fiber: back to the scheduler
+
+// ---- the moment of an access (scheduler.cpp, shadow.cpp)
+
+// Who accessed, where in the code, and when. `run` numbers blocks over all launches, `key` is
+// block epoch (24 bits), warp epoch (24), thread (10), flags (6).
+struct Stamp {
+    std::uint32_t run, pc;
+    std::uint64_t key;
+
+    std::uint64_t epoch() const { return key >> 40; }
+    std::uint32_t warp_epoch() const { return key >> 16 & 0xffffff; }
+    unsigned thread() const { return key >> 6 & 0x3ff; }
+};
+enum Flag : std::uint64_t {
+    kPending = 1,    // the target of an asynchronous copy in flight
+    kAtomic = 2,     // the last write was atomic
+    kManyWarp = 4,   // several unordered accesses of one warp,
+    kManyBlock = 8,  // of several warps,
+    kManyGrid = 16,  // of several blocks
+    kSplit = 32,     // of a word: its four bytes have their own history
+};
+
+// The order of events within one warp: every __syncwarp advances `epoch`, and synced[i][j] is the
+// epoch that began with the last one that had both lanes.
+struct WarpClock {
+    std::uint32_t epoch;
+    std::uint32_t synced[32][32];
+    std::uint32_t all_synced;  // the same for a __syncwarp of the whole warp
+};
+
+struct Moment {
+    bool in_kernel = false;
+    std::uint32_t first_run = 1;  // of this launch
+    Stamp stamp = {};             // of the running thread; pc is filled in by each access
+    const WarpClock* warp = nullptr;
+    int countdown = 0;  // accesses until the next preemption
+};
+extern Moment now;
+void yield();
+std::string thread_name(const Stamp& stamp);
+
+// ---- memory (shadow.cpp, shared.cpp, global.cpp)
+
+// History of one word or byte. A shared byte is initialised if it was written in this run.
+struct Cell {
+    Stamp write, read;
+};
+
+// The shadow of a range: a cell for each word, and on demand one for each byte.
+struct Shadow {
+    std::uintptr_t base = 0;  // of the first word
+    std::size_t bytes = 0;
+    Cell* words = nullptr;
+    Cell* singles = nullptr;
+
+    void map(std::uintptr_t begin, std::uintptr_t end);
+    void unmap();
+};
+enum class Space { shared, global };
+template <Space space>
+void check_history(Shadow& shadow, bool initialised, std::uintptr_t address, unsigned bytes,
+                   Access access, const void* pc);
+void mark_pending(Shadow& shadow, std::uintptr_t address, unsigned bytes, bool pending,
+                  const void* pc);
+
+constexpr std::size_t kArenaBytes = 512 * 1024;  // the largest shared memory, and gaps
+extern char* arena;
+extern Shadow arena_shadow;
+void begin_shared(std::size_t dynamic_bytes);  // for a launch
+void fill_shared();                            // for a block
+bool in_shared(std::uintptr_t address);
+void check_shared(std::uintptr_t address, unsigned bytes, Access access, const void* pc);
+void check_shared_bounds(std::uintptr_t address, unsigned bytes, const void* pc);
+std::size_t static_shared_bytes();
+
+void check_global(std::uintptr_t address, unsigned bytes, Access access, const void* pc);
+void set_parameters(const void* begin, std::size_t bytes);  // of the kernel: readable by all
+
+// Routes an access to the right shadow; the hooks and `touch` end here.
+void check_access(std::uintptr_t address, unsigned bytes, Access access, const void* pc);
+
+// ---- asynchronous copies (async.cpp)
+
+struct AsyncCopy {
+    char* target;
+    const char* source;
+    int bytes, valid;
+};
+struct AsyncQueue {
+    std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
+    std::vector<AsyncCopy> open;
+    bool empty() const { return groups.empty() && open.empty(); }
+};
+AsyncQueue& async_queue();  // of the running thread
+
+// ---- launches (validate.cpp)
+
+void validate_launch(const void* kernel, dim3 grid, dim3 block, std::size_t dynamic_bytes);
+void validate_shared(std::size_t static_bytes, std::size_t dynamic_bytes);
+
+}  // namespace simt
