@@ -18,7 +18,7 @@ from zfcuda.cli import main
 from zfcuda.demo import Recipe, Sizes, data, run, strongest
 from zfcuda.demo.baseline import colour_statistics
 from zfcuda.demo.folder import Stages, write
-from zfcuda.demo.train import Training, augment, narrow_zfnet, renormalise, train
+from zfcuda.demo.training import Training, augment, narrow_zfnet, renormalise, train
 
 TINY = Recipe(steps=6, size=64, widths=(6, 8, 8, 8, 8), fc_width=16, crops=2)
 FEW = Sizes(train=48, held_out=32, baseline=48, mined=(128,))
@@ -91,7 +91,7 @@ def test_renormalised_filters_keep_their_direction_and_small_ones_their_size():
 
 
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("zfcuda.demo.train.CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("zfcuda.demo.training.CHECKPOINT_EVERY", 2)
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (10, 3, 64, 64), generator=draw, dtype=torch.uint8)
     photos = torch.arange(10) % 2

@@ -18,7 +18,7 @@ import zfcuda
 from zfcuda.demo import baseline, data, figures, page, strongest
 from zfcuda.demo.console import Bars, Step
 from zfcuda.demo.folder import Stages
-from zfcuda.demo.train import Recipe, Training, accuracy, train
+from zfcuda.demo.training import Recipe, Training, accuracy, train
 from zfcuda.models import ZFNet
 
 __all__ = ["Recipe", "Sizes", "run"]
