@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hypothesis
@@ -72,6 +72,14 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
 def fast_emulator() -> Emulator:
     """The same without the checks, for real layers."""
     return Emulator(build.backend(fast=True), orders=("forward",))
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """``threads(2)`` sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
