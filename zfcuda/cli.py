@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 import zfcuda
@@ -21,3 +23,23 @@ def info(as_json: bool) -> None:
 
     facts = info.collect()
     click.echo(info.to_json(facts)) if as_json else info.show(facts)
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("zfcuda-demo"),
+    show_default=True,
+    help="Folder for the page, the figures and the checkpoint.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of windows, weights and dropout.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps; the default takes under two minutes.")
+def demo(output: Path, seed: int, steps: int | None) -> None:
+    """Train a narrow ZFNet on photographs and show what each of its maps sees (Fig. 2).
+
+    A few minutes on two cores, without a network connection. Run again, it goes on where it was stopped.
+    """
+    from zfcuda.demo import Recipe, run
+
+    run(output, Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps))
