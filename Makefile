@@ -8,22 +8,22 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 # dependencies come with the installation below.
 TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 
-.PHONY: demo test bench lint gpu-tests kernels
+.PHONY: demo test bench gpu-tests kernels lint
 demo: $(VENV)/demo
 	$(BIN)/zfcuda demo
 
-test: $(VENV)/test
-	$(BIN)/pytest
+test: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
-bench: $(VENV)/test
-	$(BIN)/pytest benchmarks
+bench: $(VENV)/dev
+	$(BIN)/pytest -n 0 benchmarks
 
-gpu-tests: $(VENV)/test
+gpu-tests: $(VENV)/dev
 	$(BIN)/zfcuda info
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -n 0 -m gpu
 
-kernels: $(VENV)/test
-	$(BIN)/python tests/static/report.py > docs/kernels.md
+kernels: $(VENV)/dev
+	$(BIN)/python tests/static/cubins.py > docs/kernels.md
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -31,21 +31,20 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
-$(VENV)/demo: $(VENV)/torch $(SOURCES)
+$(VENV)/demo: $(SOURCES) | $(VENV)/torch
 	$(BIN)/pip install -e .
 	$(BIN)/zfcuda info
 	touch $@
 
-$(VENV)/test: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install -e '.[test]'
+# The tests and the linters. csrc/build.py fetches nvcc where there is none: the tests run it, too.
+$(VENV)/dev: $(SOURCES) | $(VENV)/torch
+	$(BIN)/python csrc/build.py
+	$(BIN)/pip install -e '.[dev]' --log $(VENV)/build.log
 	$(BIN)/zfcuda info
 	touch $@ $(VENV)/demo
 
-$(VENV)/dev: $(VENV)/test
-	$(BIN)/pip install ruff mypy clang-format
-	touch $@
-
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	nvidia-smi >/dev/null 2>&1 || $(TORCH_CPU) || echo "The index of torch's CPU builds is out of reach: PyPI's build follows, with several GB of CUDA libraries"
+	nvidia-smi >/dev/null 2>&1 || $(TORCH_CPU) || \
+	    echo "The index of torch's CPU builds is out of reach: PyPI's build follows, with gigabytes of CUDA libraries"
 	touch $@

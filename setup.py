@@ -1,6 +1,5 @@
 """Builds the compiled core: chooses between CPU and CUDA and says which; the rest is csrc/build.py."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -22,27 +21,13 @@ def say(message):
         pass  # no terminal
 
 
-def choose_toolkit():
-    """The CUDA toolkit to build with, or None for a CPU-only build, by ZFCUDA_CUDA=auto|on|off."""
-    choice = os.environ.get("ZFCUDA_CUDA", "auto")
-    if choice not in ("auto", "on", "off"):
-        sys.exit(f"zfcuda: ZFCUDA_CUDA is {choice!r}; it must be auto, on or off")
-    toolkit = build.find_toolkit() if choice != "off" else None
-    if choice == "on" and toolkit is None:
-        sys.exit(
-            "zfcuda: ZFCUDA_CUDA=on, but there is no nvcc, 12.4 or later, in CUDA_HOME, on the PATH or from pip; "
-            f"install a CUDA toolkit, or: pip install {' '.join(build.NVCC_PACKAGES)}"
-        )
-    return toolkit
-
-
 class NinjaBuild(build_ext):
     """Builds the modules of csrc/build.py instead of the placeholder that makes the wheel a platform's."""
 
     def run(self):
         if sys.platform != "linux":
             sys.exit(f"zfcuda: supports Linux, not {sys.platform}")
-        toolkit, modules = choose_toolkit(), build.cpu_modules()
+        toolkit, modules = build.choose_toolkit(), build.cpu_modules()
         if toolkit:
             archs = build.choose_archs(toolkit)
             modules.append(build.cuda_module(toolkit, archs))
@@ -50,14 +35,19 @@ class NinjaBuild(build_ext):
             say(f"zfcuda: building for the CPU and CUDA {major}.{minor}, sm_{' sm_'.join(map(str, archs))}")
         else:
             say("zfcuda: building for the CPU only, without CUDA kernels (ZFCUDA_CUDA=on asks for them)")
-        self.extensions = [Extension(f"zfcuda.core.{module.name}", []) for module in modules]
         out = (HERE if self.inplace else Path(self.build_lib).resolve()) / "zfcuda/core"
         out.mkdir(parents=True, exist_ok=True)
         build.ninja(modules, out, HERE / "build/ninja", toolkit)
-        built = {Path(self.get_ext_filename(module.name)).name for module in modules}
+        self.built = [str(out / Path(self.get_ext_filename(module.name)).name) for module in modules]
         for module in out.glob("_*.so"):
-            if module.name not in built:  # of an earlier build with other choices
+            if str(module) not in self.built:  # of an earlier build with other choices
                 module.unlink()
+
+    def get_outputs(self):
+        return self.built
+
+    def get_output_mapping(self):
+        return {}  # an editable installation finds the modules in the source tree, where they were built
 
 
 setup(ext_modules=[Extension("zfcuda.core._core", [])], cmdclass={"build_ext": NinjaBuild})

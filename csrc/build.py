@@ -39,7 +39,7 @@ NVCC_PACKAGES = (
     "nvidia-cuda-cccl==13.0.*",
 )
 
-#: Where `make test` and CI put NVCC_PACKAGES: beside torch they might replace the CUDA runtime it needs.
+#: Where `python csrc/build.py` puts NVCC_PACKAGES for the tests: beside torch they might replace its CUDA runtime.
 NVCC_FOLDER = CSRC.parent / "build/cuda"
 
 
@@ -83,6 +83,20 @@ def find_toolkit() -> Toolkit | None:
         if toolkit.version() >= (12, 4):
             return toolkit
     return None
+
+
+def choose_toolkit() -> Toolkit | None:
+    """The CUDA toolkit to build with, or None for a CPU-only build, by ZFCUDA_CUDA=auto|on|off."""
+    choice = os.environ.get("ZFCUDA_CUDA", "auto")
+    if choice not in ("auto", "on", "off"):
+        sys.exit(f"zfcuda: ZFCUDA_CUDA is {choice!r}; it must be auto, on or off")
+    toolkit = find_toolkit() if choice != "off" else None
+    if choice == "on" and toolkit is None:
+        sys.exit(
+            "zfcuda: ZFCUDA_CUDA=on, but there is no nvcc, 12.4 or later, in CUDA_HOME, on the PATH or from pip; "
+            f"install a CUDA toolkit, or: pip install {' '.join(NVCC_PACKAGES)}"
+        )
+    return toolkit
 
 
 def missing_nvcc_packages() -> tuple[str, ...]:
@@ -166,6 +180,7 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
         f"cxx = {cxx}",
         "rule cxx",
         "  command = $cxx -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=fast "
+        "-fno-math-errno -fno-trapping-math "
         f"-MMD -MF $out.d -I{CSRC} $flags -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = $out",
         "rule link",
@@ -191,3 +206,10 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
     work.mkdir(parents=True, exist_ok=True)
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     subprocess.run([sys.executable, "-m", "ninja", "-C", work], check=True)
+
+
+if __name__ == "__main__":
+    if packages := missing_nvcc_packages():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--no-deps", "--target", NVCC_FOLDER, *packages], check=True
+        )

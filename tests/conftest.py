@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import hypothesis
@@ -58,14 +58,49 @@ def _cpu_level() -> str:
 
 
 @pytest.fixture(scope="session")
-def emulator() -> Emulator:
+def emulator(request: pytest.FixtureRequest) -> Iterator[Emulator]:
     """The CUDA kernels on the checking emulator, compiled at first use."""
-    return Emulator(build.backend())
+    if request.config.option.simt_coverage is None:
+        yield Emulator(build.backend())
+        return
+    counting = Emulator(build.backend(coverage=True), orders=("forward",))
+    yield counting
+    counting.controls.zf_simt_dump_coverage()
+
+
+@pytest.fixture(scope="session")
+def fast_emulator() -> Emulator:
+    """The same without the checks, for real layers."""
+    return Emulator(build.backend(fast=True), orders=("forward",))
 
 
 @pytest.fixture
-def threads():
+def threads() -> Iterator[Callable[[int], None]]:
     """``threads(2)`` sets the number of threads for the rest of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--simt-coverage",
+        metavar="PERCENT",
+        type=float,
+        help="run 'simt' without checks, print what the tests cover of csrc/cuda, and fail below PERCENT of its lines",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.simt_coverage is not None and not hasattr(config, "workerinput"):
+        build.forget_coverage()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    least = session.config.option.simt_coverage
+    if least is not None and not hasattr(session.config, "workerinput"):
+        enough, table = build.coverage_table(least)
+        print(f"\n{table}")
+        if not enough and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

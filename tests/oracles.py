@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+#: For what concerns torch and not the kernels (and what would take the emulator minutes).
+NATIVE = pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 
 # ---------------------------------------------------------------- samples
 
@@ -208,7 +212,7 @@ def agree_or_both_refuse(
         try:
             sample.on(backend.device, torch.float32).call(operator)
         except RuntimeError as error:
-            assert any(name in str(error) for name in names), error  # noqa: PT017
+            assert any(name in str(error) for name in names), error
         else:
             raise AssertionError(f"torch refuses {sample.options}, zfcuda.ops does not") from None
     else:

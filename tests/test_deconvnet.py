@@ -190,6 +190,18 @@ def test_equals_the_oracle_in_float32(make, layer, at, gate):
     )
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_equals_the_oracle_on_every_backend(backend, gate):
+    net, images = build(overlapping, torch.float32)
+    want = torch.stack([oracle(leaves(net), images, 5, u, gate=gate) for u in UNITS], 1)
+    d = zfcuda.DeconvNet(net.to(backend.device))
+    record = d(images.to(backend.device))
+    values, positions = d.strongest(record, "5", UNITS)
+    assert values.device == positions.device == record.images.device
+    close(d.project(record, "5", UNITS, gate=gate).cpu(), want, 1e-5)
+    close(d.project(record, "5", UNITS, position=positions.cpu(), start=values.cpu(), gate=gate).cpu(), want, 1e-5)
+
+
 def test_backprop_is_the_gradient_where_there_is_no_normalisation():
     net, images = build(overlapping)
     images.requires_grad_()
@@ -606,6 +618,21 @@ def test_show_takes_paths_images_arrays_and_tensors(tmp_path):
     wanted = np.asarray(zfcuda.show(net, pixels, "conv3"))
     for same in (photo, tmp_path / "photo.png", str(tmp_path / "photo.png"), pixels / 255.0, tensor, tensor[None]):
         np.testing.assert_array_equal(np.asarray(zfcuda.show(zfcuda.DeconvNet(net), same, "conv3")), wanted)
+
+
+def test_show_turns_photographs_upright(tmp_path):
+    net, _ = build(zf, torch.float32)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise when shown
+    Image.fromarray(np.rot90(pixels).copy()).save(tmp_path / "turned.png", exif=exif)
+    shown, wanted = zfcuda.show(net, tmp_path / "turned.png", "conv3"), zfcuda.show(net, pixels, "conv3")
+    np.testing.assert_array_equal(np.asarray(shown), np.asarray(wanted))
+
+
+def test_show_takes_grey_networks():
+    net = randomise(zfcuda.models.zfnet(4, widths=(4,) * 5, fc_width=4, in_channels=1, input_size=64))
+    assert zfcuda.show(net, np.random.default_rng(0).random((80, 90, 3)), "conv2", size=30).size == (68, 30)
 
 
 def test_show_scales_to_the_network_and_serves_fully_connected_units():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
     LAYOUTS,
+    NATIVE,
     Sample,
     agree_or_both_refuse,
     channels_innermost,
@@ -55,13 +56,13 @@ def _inside(pooled, tap, size, kernel_size, stride, padding, dilation):
 
 def sample_inputs():
     return [
-        Sample([normal(2, 3, 9, 8)], dict(kernel_size=3, stride=2)),
-        Sample([normal(2, 3, 9, 8)], dict(kernel_size=3, stride=2, ceil_mode=True)),
-        Sample([normal(1, 5, 7, 10)], dict(kernel_size=(3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1))),
-        Sample([whole_numbers(2, 4, 6, 6)], dict(kernel_size=2)),
-        Sample([normal(1, 1, 5, 5)], dict(kernel_size=1)),
-        Sample([normal(1, 2, 17, 18)], dict(kernel_size=16, stride=1)),  # 256 positions
-        Sample([normal(0, 3, 9, 8)], dict(kernel_size=3, stride=2)),
+        Sample([normal(2, 3, 9, 8)], {"kernel_size": 3, "stride": 2}),
+        Sample([normal(2, 3, 9, 8)], {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
+        Sample([normal(1, 5, 7, 10)], {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0), "dilation": (2, 1)}),
+        Sample([whole_numbers(2, 4, 6, 6)], {"kernel_size": 2}),
+        Sample([normal(1, 1, 5, 5)], {"kernel_size": 1}),
+        Sample([normal(1, 2, 17, 18)], {"kernel_size": 16, "stride": 1}),  # 256 positions
+        Sample([normal(0, 3, 9, 8)], {"kernel_size": 3, "stride": 2}),
     ]
 
 
@@ -90,20 +91,25 @@ def test_memory_format_follows_the_input(backend):
     assert output.is_contiguous()
 
 
+@NATIVE
 @SAMPLES
 def test_registration(backend, sample):
     check_registration(ops.max_pool2d, sample.on(backend.device, torch.float32))
 
 
+@NATIVE
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiled(backend, layout):
     check_compiled(ops.max_pool2d, sample_inputs()[0].on(backend.device, torch.float32, layout))
 
 
+@NATIVE
 def test_gradcheck(backend):
     sample = sample_inputs()[2].on(backend.device, torch.float64)
     with torch.no_grad():  # distances between the values larger than gradcheck's step
-        sample.tensors[0].copy_(torch.randperm(70, generator=torch.Generator().manual_seed(1)).view(1, -1, 7, 10)[:, :1])
+        sample.tensors[0].copy_(
+            torch.randperm(70, generator=torch.Generator().manual_seed(1)).view(1, -1, 7, 10)[:, :1]
+        )
     single = Sample([sample.tensors[0][:, :1].detach().requires_grad_()], sample.options)
 
     def pool(x):
@@ -138,7 +144,7 @@ def test_every_window_of_special_values(backend):
 def test_a_flat_input(backend, fill):
     """The first position inside the input is the switch of a window of equals, the last of NaN."""
     x = torch.full((1, 2, 5, 6), fill, device=backend.device)
-    arguments = dict(kernel_size=3, stride=2, padding=1, ceil_mode=True)
+    arguments = {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}
     output, switches = ops.max_pool2d(x, **arguments)
     expected, expected_switches = torchs(x.cpu(), **arguments)
     torch.testing.assert_close(output.cpu(), expected, rtol=0, atol=0, equal_nan=True)
@@ -154,13 +160,13 @@ def test_minus_zero_and_zero_are_equal(backend):
 # ---------------------------------------------------------------- arguments
 
 WINDOWS = st.fixed_dictionaries(
-    dict(
-        kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-        stride=st.none() | st.tuples(st.integers(0, 3), st.integers(1, 3)),
-        padding=st.tuples(st.integers(-1, 2), st.integers(0, 2)),
-        dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
-        ceil_mode=st.booleans(),
-    )
+    {
+        "kernel_size": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "stride": st.none() | st.tuples(st.integers(0, 3), st.integers(1, 3)),
+        "padding": st.tuples(st.integers(-1, 2), st.integers(0, 2)),
+        "dilation": st.tuples(st.integers(1, 2), st.integers(1, 3)),
+        "ceil_mode": st.booleans(),
+    }
 )
 INPUTS = st.builds(
     whole_numbers, st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), seed=st.integers(0, 99)

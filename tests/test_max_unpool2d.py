@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
     LAYOUTS,
+    NATIVE,
     Sample,
     channels_innermost,
     check_compiled,
@@ -56,7 +57,7 @@ def pooled(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, 
     """The sample that unpools what the oracle pooled from ``x``; the values are new."""
     _, switches = reference.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     values = (whole_numbers if x.frac().abs().sum() == 0 else normal)(*switches.shape, seed=5)
-    window = dict(kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation)
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
     return Sample([values, switches], dict(**window, output_size=tuple(x.shape[2:]), **options))
 
 
@@ -99,17 +100,20 @@ def test_memory_format_follows_the_input(backend):
     assert torch.equal(output, sample_inputs()[0].on(backend.device, torch.float32).call(ops.max_unpool2d))
 
 
+@NATIVE
 @SAMPLES
 def test_registration(backend, sample):
     check_registration(ops.max_unpool2d, sample.on(backend.device, torch.float32))
 
 
+@NATIVE
 @pytest.mark.parametrize("overlap", ["sum", "overwrite"])
 def test_compiled(backend, overlap):
     sample = pooled(normal(2, 3, 8, 9), 3, 2, overlap=overlap, ceil_mode=True)
     check_compiled(ops.max_unpool2d, sample.on(backend.device, torch.float32, "channels_last"))
 
 
+@NATIVE
 @pytest.mark.parametrize("overlap", ["sum", "overwrite"])
 def test_gradcheck(backend, overlap):
     sample = pooled(normal(1, 2, 5, 6), 3, 2, ceil_mode=True, overlap=overlap).on(backend.device, torch.float64)
@@ -126,7 +130,7 @@ def test_overwrite_lets_a_zero_win(backend):
     """Two windows share the position (0, 2); the later one has the value zero."""
     values = torch.tensor([5.0, 0.0], device=backend.device).view(1, 1, 1, 2).requires_grad_()
     switches = torch.tensor([2, 0], dtype=torch.uint8, device=backend.device).view(1, 1, 1, 2)
-    arguments = dict(kernel_size=(1, 3), stride=(1, 2))
+    arguments = {"kernel_size": (1, 3), "stride": (1, 2)}
     for overlap, shared, gradient in (("sum", 5.0, [1.0, 1.0]), ("overwrite", 0.0, [0.0, 1.0])):
         output = ops.max_unpool2d(values, switches, overlap=overlap, **arguments)
         assert output.flatten().tolist() == [0, 0, shared, 0, 0]
@@ -143,14 +147,14 @@ def test_default_output_size_is_torchs(backend):
 # ---------------------------------------------------------------- arguments
 
 WINDOWS = st.fixed_dictionaries(
-    dict(
-        kernel_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-        stride=st.none() | st.tuples(st.integers(1, 3), st.integers(1, 3)),
-        padding=st.tuples(st.integers(0, 1), st.integers(0, 1)),
-        dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-        ceil_mode=st.booleans(),
-        overlap=st.sampled_from(["sum", "overwrite"]),
-    )
+    {
+        "kernel_size": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "stride": st.none() | st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        "padding": st.tuples(st.integers(0, 1), st.integers(0, 1)),
+        "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
+        "ceil_mode": st.booleans(),
+        "overlap": st.sampled_from(["sum", "overwrite"]),
+    }
 )
 
 
@@ -187,9 +191,7 @@ def test_one_wrong_switch_is_found(backend):
         kernel, stride, padding, dilation = window
         stride = stride or kernel
         index = [int(i) for i in torch.unravel_index(torch.tensor(position), switches.shape)]
-        y, x_ = (
-            index[2 + i] * stride[i] - padding[i] + divmod(value, kernel[1])[i] * dilation[i] for i in (0, 1)
-        )
+        y, x_ = (index[2 + i] * stride[i] - padding[i] + divmod(value, kernel[1])[i] * dilation[i] for i in (0, 1))
         fits = value < kernel[0] * kernel[1] and 0 <= y < x.size(2) and 0 <= x_ < x.size(3)
         for layout in ("contiguous", "channels_last"):
             moved = LAYOUTS[layout](values.detach())
@@ -251,7 +253,7 @@ def test_conversions_are_torchs_indices(backend):
 
 def test_an_index_outside_its_window():
     """Every index for every window of a small pool: accepted exactly where the window has it."""
-    size, window = (4, 4), dict(kernel_size=2, stride=2, padding=1, dilation=2)
+    size, window = (4, 4), {"kernel_size": 2, "stride": 2, "padding": 1, "dilation": 2}
     for index in range(-17, 33):
         for place in range(4):
             oy, ox = divmod(place, 2)

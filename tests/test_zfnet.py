@@ -135,6 +135,13 @@ def test_fully_connected_widths_of_table_3(width):
     assert total - convs == (9216 + 1) * width + (width + 1) * width + (width + 1) * 1000
 
 
+def test_slices_are_networks():
+    net = zfnet(widths=(4, 4, 4, 4, 4), fc_width=8).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(net[10:](net[:10](images)), net(images))
+
+
 def test_krizhevsky_sizes():
     shapes = sizes(zfnet(base="krizhevsky", fc_width=16).eval())
     assert [shapes[n][1] for n in ("conv1", "pool1", "conv2", "pool2", "conv5", "pool5")] == [55, 27, 27, 13, 13, 6]

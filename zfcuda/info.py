@@ -217,6 +217,8 @@ def show(facts: Facts) -> None:
     """Print the facts as tables."""
     console = Console()
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for row in _rows(facts):
         table.add_row(f"[bold]{row[0]}", row[1])
     console.print(table)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from zfcuda import ops
+from zfcuda.ops._common import option
+from zfcuda.ops.max_unpool2d import OVERLAPS
 
 __all__ = ["ConvReLU2d", "LocalResponseNorm", "MaxPool2d", "MaxUnpool2d"]
 
@@ -91,6 +93,11 @@ class MaxUnpool2d(nn.Module):
         Those of the pool.
     overlap
         ``"sum"`` or ``"overwrite"``, for switches of several windows that meet.
+
+    Raises
+    ------
+    ValueError
+        If ``overlap`` is neither of its two values.
     """
 
     def __init__(
@@ -105,7 +112,8 @@ class MaxUnpool2d(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         self.stride = kernel_size if stride is None else stride
-        self.padding, self.dilation, self.overlap = padding, dilation, overlap
+        self.padding, self.dilation = padding, dilation
+        self.overlap = option("overlap", overlap, OVERLAPS)
 
     def forward(self, input: Tensor, switches: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Each value where its switch points, zero elsewhere; ``output_size`` as in ``torch.nn.MaxUnpool2d``."""

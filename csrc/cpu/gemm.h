@@ -17,15 +17,11 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace zfcuda::gemm {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64, kRows = 12;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32, kRows = 6;
-#else
-constexpr int kVectorBytes = 16, kRows = 6;
-#endif
+constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
 
 // A block of k: 256 rows of a panel of b fill at most the L1 cache. The rows of a are padded, so
 // that they do not fall on the same sets of it.

@@ -21,6 +21,7 @@
 // Measured:
 #include <limits>
 
+#include "gate.cuh"
 #include "tile.cuh"
 
 namespace zfcuda {

@@ -15,11 +15,10 @@
 //
 // The channels of a window are read from L1: a block reads (32 + size - 1) / 32 of its elements
 // from beyond. Sums are formed anew for each channel, never by subtracting what leaves the window,
-// so they lose no digits and one infinity spoils no other channel. The gradient stages t for its
-// channels and `size - 1` more in shared memory, kStage at a time, so any size works. Least bytes:
-// two tensors forward, three backward. beta = 3/4, the paper's, takes two square roots instead of
-// a power.
-// Measured:
+// so they lose no digits and one infinity spoils no other channel. The gradient stages t and g /
+// d^beta of its channels and `size - 1` more in shared memory, kStage at a time, so any size works.
+// Least bytes: two tensors forward, three backward. beta = 3/4, the paper's, takes two square roots
+// instead of a power. Measured:
 #include <limits>
 
 #include "port.cuh"
@@ -28,6 +27,7 @@ namespace zfcuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kSide = 32, kStage = 48;
+constexpr int kRow = kSide + 1;  // of a staged channel: rows and columns in different banks
 
 template <typename T>
 struct Norm {
@@ -78,7 +78,7 @@ __device__ std::int64_t column_offset(const NormShape& s, std::int64_t pixel) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     local_response_norm_kernel(Norm<T> norm, const T* input, T* output) {
     const NormShape& s = norm.s;
     const NormTile tile(norm);
@@ -94,10 +94,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     local_response_norm_gradient_kernel(Norm<T> norm, const T* input, const T* grad_output,
                                         T* grad_input) {
-    ZF_SHARED(T, terms, kStage * (kSide + 1));  // t[channel][pixel]
+    ZF_SHARED(T, terms, kStage * kRow);   // t[channel][pixel]
+    ZF_SHARED(T, shares, kStage * kRow);  // g / d^beta, a channel's own share
     const NormShape& s = norm.s;
     const NormTile tile(norm);
     const std::int64_t step = s.layout().step_channel();
@@ -120,13 +121,15 @@ __global__ void __launch_bounds__(kThreads)
                 const int pixel = s.channels_last ? slow : fast;
                 const std::int64_t column = column_offset(s, tile.pixel + pixel);
                 const std::int64_t c = stage + channel;
-                T term = T(0);
+                T share = T(0), term = T(0);
                 if (column >= 0) {
+                    const std::int64_t offset = column + c * step;
                     const T denominator = norm.denominator(input + column, step, c);
-                    term = grad_output[column + c * step] * input[column + c * step] /
-                           (norm.power(denominator) * denominator);
+                    share = grad_output[offset] / norm.power(denominator);
+                    term = share * input[offset] / denominator;
                 }
-                terms[channel * (kSide + 1) + pixel] = term;
+                terms[channel * kRow + pixel] = term;
+                shares[channel * kRow + pixel] = share;
             }
         __syncthreads();
         for (int slow = warp; slow < kSide; slow += kWarps) {
@@ -134,18 +137,16 @@ __global__ void __launch_bounds__(kThreads)
             const int pixel = s.channels_last ? slow : lane;
             const std::int64_t column = column_offset(s, tile.pixel + pixel);
             if (column < 0 || c >= s.channels) continue;
-            const std::int64_t begin = c - before > stage ? c - before - stage : 0;
-            const std::int64_t stop =
-                c + after + 1 - stage < channels ? c + after + 1 - stage : channels;
+            const std::int64_t own = c - stage;
+            const std::int64_t begin = own > before ? own - before : 0;
+            const std::int64_t stop = own + after < channels ? own + after + 1 : channels;
             T sum = T(0);
-            for (std::int64_t j = begin; j < stop; ++j) sum += terms[j * (kSide + 1) + pixel];
+            for (std::int64_t j = begin; j < stop; ++j) sum += terms[j * kRow + pixel];
             const std::int64_t offset = column + c * step;
             // Stages add up in the result, where each thread finds its own again.
-            const T before_stage =
-                stage > first
-                    ? grad_input[offset]
-                    : grad_output[offset] / norm.power(norm.denominator(input + column, step, c));
-            grad_input[offset] = before_stage - factor * input[offset] * sum;
+            T gradient = stage > first ? grad_input[offset] : T(0);
+            if (own >= 0 && own < channels) gradient += shares[own * kRow + pixel];
+            grad_input[offset] = gradient - factor * input[offset] * sum;
         }
         __syncthreads();
     }

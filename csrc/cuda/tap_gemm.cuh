@@ -28,48 +28,10 @@
 // Measured:
 #pragma once
 
-#include <limits>
-
+#include "tap_plan.cuh"
 #include "tile.cuh"
 
 namespace zfcuda {
-
-// One dimension of the plan: `size` pixels of the result, in `phases` phases.
-struct TapAxis {
-    int size, kernel, stride, padding, dilation;
-    int phases;       // 1 for a convolution
-    int tap_step;     // distance between the taps of a phase
-    int offset_step;  // distance between their positions in the source
-    int pixel_step;   // distance in the source between neighbouring pixels of a phase
-};
-
-// The taps of one phase: kernel position first + t * tap_step, t < count, reads the source at
-// q * pixel_step + offset + t * offset_step.
-struct PhaseTaps {
-    int count, first, offset, pixels;
-};
-
-template <bool kTransposed>
-__device__ PhaseTaps phase_taps(const TapAxis& axis, int phase) {
-    if (!kTransposed) return {axis.kernel, 0, -axis.padding, axis.size};
-    int first = 0;
-    while (first < axis.kernel && (phase + axis.padding - first * axis.dilation) % axis.stride)
-        ++first;
-    const int count = (axis.kernel - first + axis.tap_step - 1) / axis.tap_step;
-    const int pixels = (axis.size - phase + axis.stride - 1) / axis.stride;
-    return {count, first, (phase + axis.padding - first * axis.dilation) / axis.stride, pixels};
-}
-
-struct TapPlan {
-    Layout source, result;
-    TapAxis y, x;
-    std::int64_t batch;
-    int groups, channels, columns;  // of the source and of the result, in a group
-    int padded_columns;
-    int row_tiles, column_tiles;
-    bool rectify;  // the source of the transposed convolution, the result of the other
-    bool quads;    // four results that are neighbours in memory are stored at once
-};
 
 // Where a pixel of the result reads (before the taps) and where it is stored.
 struct alignas(16) TapPixel {
@@ -132,7 +94,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     const int right_k = thread / (kN / kPack), right_column = thread % (kN / kPack) * kPack;
 
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
-    const Odometer step(kDepth, p.channels, width), one(1, p.channels, width);
+    const Odometer step(kDepth, p.channels, width);
     Odometer left_at(load_k, p.channels, width), right_at(right_k, p.channels, width);
     const std::int64_t step_y = p.y.offset_step * p.source.step_y();
     const std::int64_t step_x = p.x.offset_step * p.source.step_x();
@@ -141,25 +103,49 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     Vector<T, kVector> staged[kLoads];
     Pack<T> staged_right;
 
-    auto fetch_left = [&](const TapPixel& pixel, const Odometer& at) -> Vector<T, kVector> {
-        const int y = pixel.y + at.high * p.y.offset_step,
-                  x = pixel.x + at.middle * p.x.offset_step;
-        const bool inside =
-            at.high < rows.count && y >= 0 && y < p.source.height && x >= 0 && x < p.source.width;
-        if (!inside) return {};
-        return load_gated<T, kVector>(
-            source, kTransposed ? forward : nullptr,
-            pixel.source + at.high * step_y + at.middle * step_x + at.low * step_channel);
+    // What a tap and channel add to a pixel's position; beyond the last tap it is outside.
+    const auto displacement = [&](const Odometer& at) -> TapPixel {
+        return {at.high * step_y + at.middle * step_x + at.low * step_channel,
+                at.high < rows.count ? at.high * p.y.offset_step : kOutside,
+                at.middle * p.x.offset_step};
     };
+    // The displacement of the next k, by additions alone.
+    const std::int64_t next_tap = step_x - p.channels * step_channel;
+    const std::int64_t next_row = step_y - width * step_x;
+    const auto next = [&](Odometer& at, TapPixel& tap) {
+        tap.source += step_channel;
+        if (++at.low < p.channels) return;
+        at.low = 0;
+        tap.source += next_tap;
+        tap.x += p.x.offset_step;
+        if (++at.middle < width) return;
+        at.middle = 0;
+        tap.source += next_row;
+        tap.x = 0;
+        tap.y = ++at.high < rows.count ? tap.y + p.y.offset_step : kOutside;
+    };
+    const unsigned height = static_cast<unsigned>(p.source.height);
+    const unsigned breadth = static_cast<unsigned>(p.source.width);
+    auto fetch_left = [&](const TapPixel& pixel, const TapPixel& tap) -> Vector<T, kVector> {
+        const bool inside = static_cast<unsigned>(pixel.y + tap.y) < height &&
+                            static_cast<unsigned>(pixel.x + tap.x) < breadth;
+        if (!inside) return {};
+        return load_gated<T, kVector>(source, kTransposed ? forward : nullptr,
+                                      pixel.source + tap.source);
+    };
+    const TapPixel own_pixel = pixels[load_row];
     auto fetch = [&]() {
-        Odometer at = left_at;
+        TapPixel tap = displacement(left_at);
+        if constexpr (kChannelsLast) {
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            if constexpr (kChannelsLast) {
-                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], at);
-            } else {
-                staged[i] = fetch_left(pixels[load_row], at);
-                at.advance(one, p.channels, width);
+            for (int i = 0; i < kLoads; ++i)
+                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], tap);
+        } else {
+            Odometer at = left_at;
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                staged[i] = fetch_left(own_pixel, tap);
+                next(at, tap);
             }
         }
         left_at.advance(step, p.channels, width);
@@ -253,101 +239,6 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
         }
 }
 
-// packed[group][tap][channel][column] from weights out,in/groups,kernel_h,kernel_w. The source
-// channels are the weight's second dimension in a convolution and its first in the transposed one.
-// A 32 x 32 tile goes through shared memory: lanes along the taps to read, along columns to write.
-template <typename T, bool kTransposed>
-__global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
-    ZF_SHARED(T, tile, 32 * 33);
-    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-    // Rows of the tile: result columns. Its columns: what is contiguous in the weight.
-    const std::int64_t batches = kTransposed ? p.channels : 1;
-    const std::int64_t length = kTransposed ? taps : taps * p.channels;
-    const std::int64_t row_stride = length, batch_stride = p.columns * length;
-    const std::int64_t length_tiles = (length + 31) / 32,
-                       column_tiles = (p.padded_columns + 31) / 32;
-    std::int64_t block = blockIdx.x;
-    const std::int64_t first = block % length_tiles * 32;
-    block /= length_tiles;
-    const std::int64_t first_column = block % column_tiles * 32;
-    block /= column_tiles;
-    const std::int64_t batch = block % batches, group = block / batches;
-    const T* const from = weight + (group * batches + batch) * batch_stride;
-
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int i = warp; i < 32; i += kTileThreads / 32) {
-        const bool inside = first_column + i < p.columns && first + lane < length;
-        tile[i * 33 + lane] = inside ? from[(first_column + i) * row_stride + first + lane] : T(0);
-    }
-    __syncthreads();
-    for (int i = warp; i < 32; i += kTileThreads / 32) {
-        if (first + i >= length || first_column + lane >= p.padded_columns) continue;
-        const std::int64_t index = batch * length + first + i;
-        const std::int64_t channel = index / taps, tap = index % taps;
-        const std::int64_t row = (group * taps + tap) * p.channels + channel;
-        packed[row * p.padded_columns + first_column + lane] = tile[lane * 33 + i];
-    }
-}
-
-// What differs between the two convolutions on the host.
-template <bool kTransposed>
-TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, std::int64_t padding,
-                 std::int64_t dilation) {
-    constexpr std::int64_t kLimit = 1 << 28;
-    if (size > kLimit || kernel * dilation > kLimit || padding > kLimit || stride > kLimit)
-        throw std::runtime_error("zfcuda: a side of a CUDA convolution is over 2^28 pixels");
-    TapAxis axis = {int(size), int(kernel), int(stride),   int(padding), int(dilation),
-                    1,         1,           int(dilation), int(stride)};
-    if (kTransposed) {
-        std::int64_t divisor = stride;
-        for (std::int64_t rest = dilation; rest != 0;) {
-            const std::int64_t next = divisor % rest;
-            divisor = rest;
-            rest = next;
-        }
-        axis.phases = static_cast<int>(stride < size ? stride : size);
-        axis.tap_step = static_cast<int>(stride / divisor);
-        axis.offset_step = -static_cast<int>(dilation / divisor);
-        axis.pixel_step = 1;
-    }
-    return axis;
-}
-
-// A group with few result channels has a tile of its own.
-inline bool narrow(std::int64_t columns, Dtype dtype) {
-    return dtype == Dtype::float32 && columns <= 16;
-}
-
-inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
-    return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
-}
-
-template <bool kTransposed>
-std::int64_t tap_gemm_workspace(const ConvShape& s, Dtype dtype) {
-    const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
-    const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
-    return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
-           (dtype == Dtype::float32 ? 4 : 8);
-}
-
-template <bool kTransposed>
-TapPlan tap_plan(const ConvShape& s, Dtype dtype, Gate gate) {
-    TapPlan p = {};
-    p.source = kTransposed ? s.maps() : s.image();
-    p.result = kTransposed ? s.image() : s.maps();
-    p.y = tap_axis<kTransposed>(p.result.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
-    p.x = tap_axis<kTransposed>(p.result.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
-    p.batch = s.batch;
-    p.groups = static_cast<int>(s.groups);
-    p.channels = static_cast<int>(p.source.channels / s.groups);
-    p.columns = static_cast<int>(p.result.channels / s.groups);
-    p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
-    p.rectify = static_cast<int>(gate) & kRectify;
-    if (s.taps() * (p.source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
-        throw std::runtime_error("zfcuda: a filter of a CUDA convolution has over 2^31 weights");
-    return p;
-}
-
 template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector>
 void launch_tap_gemm(TapPlan p, Address source, Address packed, Address bias, Address forward,
                      Address result, const Exec& exec) {
@@ -368,17 +259,6 @@ void launch_tap_gemm(TapPlan p, Address source, Address packed, Address bias, Ad
            dim3(static_cast<unsigned>(blocks)), dim3(kTileThreads), 0, exec, p,
            source.as<const T>(), packed.as<const T>(), bias.as<const T>(), forward.as<const T>(),
            result.as<T>());
-}
-
-template <typename T, bool kTransposed>
-void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const Exec& exec) {
-    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-    const std::int64_t tiles =
-        kTransposed ? (taps + 31) / 32 * p.channels : (taps * p.channels + 31) / 32;
-    const std::int64_t blocks = tiles * ((p.padded_columns + 31) / 32) * p.groups;
-    if (blocks == 0) return;
-    launch(pack_weights_kernel<T, kTransposed>, dim3(static_cast<unsigned>(blocks)),
-           dim3(kTileThreads), 0, exec, p, weight.as<const T>(), packed.as<T>());
 }
 
 // Packs the weights into the workspace and multiplies. `gate` acts on the source of the transposed

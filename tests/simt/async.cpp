@@ -21,7 +21,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
         std::memset(shared, 0xff, bytes);
     }
     async_queue().open.push_back(
-        {static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid_bytes});
+        {static_cast<char*>(shared), static_cast<const char*>(global), bytes, valid_bytes, pc});
 }
 
 void commit_async() {

@@ -44,6 +44,16 @@ ORDERS = {
 }
 
 
+def configure(controls: ctypes.CDLL, order: Order, arch: int) -> None:
+    """Choose the order and the architecture of the launches to come."""
+    controls.zf_simt_configure(order.kind, order.seed, order.preempt, arch)
+
+
+def register(controls: ctypes.CDLL, address: int, nbytes: int, writable: bool, name: str) -> None:
+    """Let kernels read ``nbytes`` at ``address``; a writable tensor is uninitialised at first."""
+    controls.zf_simt_register(address, nbytes, writable, name.encode())
+
+
 class Address(int):
     """A tensor's address that has not forgotten its size."""
 
@@ -89,10 +99,9 @@ class Emulator:
     ) -> None:
         for i, argument in enumerate(arguments):
             if isinstance(argument, Address):
-                name = f"argument {i} of {function}".encode()
-                self.controls.zf_simt_register(argument, argument.nbytes, i in written, 0, name)
+                register(self.controls, argument, argument.nbytes, i in written, f"argument {i} of {function}")
         try:
-            self.controls.zf_simt_configure(order.kind, order.seed, order.preempt, self.arch)
+            configure(self.controls, order, self.arch)
             call(*arguments)
             for i in (i for i, whole in written.items() if whole):
                 at = self.controls.zf_simt_unwritten(arguments[i])

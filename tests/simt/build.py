@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -26,6 +26,12 @@ KERNELS = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/tar
 RUNTIME = sorted(HERE.glob("*.cpp"))
 
 
+#: How the kernels (and only they) are compiled: with the hooks, without, and counting what runs.
+CHECKED = "-O2 -fsanitize=thread,alignment --param=tsan-instrument-func-entry-exit=0".split()
+FAST = ["-DZF_SIMT_FAST"]
+COVERAGE = [*FAST, "-DZF_SIMT_COVERAGE", "--coverage", "-O1", "-fno-inline"]
+
+
 @cache
 def _cuda_headers() -> Path:
     toolkit = build.find_toolkit()
@@ -37,30 +43,32 @@ def _cuda_headers() -> Path:
     return toolkit.include
 
 
-def _module(name: str, kernels: Sequence[Path], fast: bool, flags: Sequence[str], bindings: bool) -> build.Module:
-    common = ["-DZF_SIMT", f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}", "-isystem", str(_cuda_headers()), "-g1"]
-    if fast:
-        common.append("-DZF_SIMT_FAST")
-    # Only the kernels carry the hooks. -march=native so that fmaf is an instruction, as on a GPU.
-    hooks = "-O2 -fsanitize=thread,alignment --param=tsan-instrument-func-entry-exit=0"
-    kernel = ["-x", "c++", *common, "-march=native", "-Wno-unknown-pragmas", *([] if fast else hooks.split()), *flags]
+def _module(name: str, kernels: Sequence[Path], flags: Sequence[str], bindings: bool) -> build.Module:
+    includes = [f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}", "-isystem", str(_cuda_headers())]
+    common = ["-DZF_SIMT", *includes, "-g1", *(flag for flag in flags if flag.startswith("-D"))]
+    # -march=native so that fmaf is an instruction, as on a GPU.
+    kernel = ["-x", "c++", *common, "-march=native", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", *flags]
     objects = [(path, "cxx", kernel) for path in kernels]
     objects += [(path, "cxx", [*common, "-DZF_SIMT_BACKEND"] if bindings else common) for path in RUNTIME]
     if bindings:
         objects.append(build.bindings(name))
-    return build.Module(name, objects, ["-ldl", *(f for f in flags if f == "--coverage")])
+    return build.Module(name, objects, ["--coverage"] if "--coverage" in flags else [])
 
 
-def library(name: str, kernels: Sequence[Path], fast: bool = False, flags: Sequence[str] = ()) -> Path:
+def library(name: str, kernels: Sequence[Path], fast: bool = False) -> Path:
     """A shared library of the emulator with ``kernels``; without bindings, for ctypes."""
-    return _make(_module(name, kernels, fast, flags, bindings=False))
+    return _make(_module(name, kernels, FAST if fast else CHECKED, bindings=False))
 
 
-def backend(fast: bool = False) -> ModuleType:
-    """The module that implements ``csrc/ops.h`` with the kernels of ``csrc/cuda`` on the emulator."""
-    name = "_simt_fast" if fast else "_simt"
-    flags = ["--coverage"] if os.environ.get("ZF_SIMT_COVERAGE") and not fast else []
-    path = _make(_module(name, KERNELS, fast, flags, bindings=True))
+def backend(fast: bool = False, coverage: bool = False) -> ModuleType:
+    """The module that implements ``csrc/ops.h`` with the kernels of ``csrc/cuda`` on the emulator.
+
+    ``fast`` leaves the checks out. ``coverage`` counts lines and branches (and checks nothing either).
+    """
+    name, flags = ("_simt_fast", FAST) if fast else ("_simt", CHECKED)
+    if coverage:
+        name, flags = "_simt_coverage", COVERAGE
+    path = _make(_module(name, KERNELS, flags, bindings=True))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -68,11 +76,28 @@ def backend(fast: bool = False) -> ModuleType:
     return module
 
 
+def forget_coverage() -> None:
+    """Delete the counts of earlier runs."""
+    for counts in FOLDER.glob("_simt_coverage/**/*.gcda"):
+        counts.unlink()
+
+
+def coverage_table(least: float) -> tuple[bool, str]:
+    """Are at least ``least`` % of the kernels' lines covered? And gcovr's table."""
+    command = [sys.executable, "-m", "gcovr", "--root", str(ROOT / "csrc/cuda"), f"--fail-under-line={least}"]
+    command += ["--exclude", r".*port\.cuh", "--exclude-throw-branches", "--txt-metric=line"]
+    done = subprocess.run([*command, str(FOLDER / "_simt_coverage")], capture_output=True, text=True)
+    branches = subprocess.run(
+        [*command[:-1], "--txt-metric=branch", str(FOLDER / "_simt_coverage")], capture_output=True, text=True
+    )
+    return done.returncode == 0, done.stdout + branches.stdout + done.stderr
+
+
 def controls(path: str | Path) -> ctypes.CDLL:
     """The C functions of the emulator in a module or library."""
     found = ctypes.CDLL(str(path))
     found.zf_simt_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
-    found.zf_simt_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
+    found.zf_simt_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_char_p]
     found.zf_simt_unwritten.argtypes = [ctypes.c_void_p]
     found.zf_simt_unwritten.restype = ctypes.c_int64
     return found

@@ -16,3 +16,8 @@ extern "C" __attribute__((visibility("default"))) void zf_simt_configure(int ord
                                                                          int preempt, int arch) {
     simt::settings = {order, seed, preempt, arch};
 }
+
+#if defined(ZF_SIMT_COVERAGE)
+extern "C" void __gcov_dump();
+extern "C" __attribute__((visibility("default"))) void zf_simt_dump_coverage() { __gcov_dump(); }
+#endif

@@ -25,21 +25,21 @@ const char* module_path() {
     return dladdr(reinterpret_cast<const void*>(&load_address), &info) ? info.dli_fname : "";
 }
 
-// addr2line's first two lines: the function, and "file:line".
-std::pair<std::string, std::string> look_up(const void* pc) {
+// What addr2line says of a code address: pairs of lines, function and "path:line", the innermost of
+// inlined functions first.
+std::vector<std::string> look_up(const void* pc) {
     const std::string command =
-        text("addr2line -Cfe '%s' %#x 2>/dev/null", module_path(), code_offset(pc));
-    std::string lines[2] = {"?", "?"};
+        text("addr2line -Cfie '%s' %#x 2>/dev/null", module_path(), code_offset(pc));
+    std::vector<std::string> lines;
     if (FILE* pipe = popen(command.c_str(), "r")) {
         char buffer[4096];
-        for (std::string& line : lines)
-            if (std::fgets(buffer, sizeof buffer, pipe)) {
-                line = buffer;
-                line.erase(line.find_last_not_of('\n') + 1);
-            }
+        while (std::fgets(buffer, sizeof buffer, pipe)) {
+            lines.emplace_back(buffer);
+            lines.back().erase(lines.back().find_last_not_of('\n') + 1);
+        }
         pclose(pipe);
     }
-    return {lines[0], lines[1].substr(0, lines[1].find(" ("))};
+    return lines;
 }
 
 }  // namespace
@@ -58,15 +58,23 @@ std::string text(const char* format, ...) {
     return result;
 }
 
-std::uint32_t code_offset(const void* pc) {
-    static const char* const base = load_address();
-    return std::uint32_t(static_cast<const char*>(pc) - base);
-}
+const char* const code_base = load_address();
 
 // A return address is one past the call: look up the byte before.
-std::string where(const void* pc) { return look_up(static_cast<const char*>(pc) - 1).second; }
-std::string where(std::uint32_t offset) { return where(load_address() + offset); }
-std::string function_at(const void* start) { return look_up(start).first; }
+std::string where(const void* pc) {
+    const std::vector<std::string> lines = look_up(static_cast<const char*>(pc) - 1);
+    std::string places;
+    for (std::size_t i = 1; i < lines.size(); i += 2) {
+        const std::string place = lines[i].substr(lines[i].rfind('/') + 1);
+        places += (i > 1 ? ", from " : "") + place.substr(0, place.find(" ("));
+    }
+    return places;
+}
+std::string where(std::uint32_t offset) { return where(code_base + offset); }
+std::string function_at(const void* start) {
+    const std::vector<std::string> lines = look_up(start);
+    return lines.empty() ? "?" : lines[0];
+}
 
 void fail_at(const void* pc, const char* kind, const char* format, ...) {
     va_list arguments;

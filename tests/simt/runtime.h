@@ -1,11 +1,14 @@
 // The inside of the emulator: what its own files share.
 #pragma once
 
+#include <algorithm>
 #include <cstdarg>
 #include <string>
 #include <vector>
 
 #include "simt.h"
+
+#pragma GCC visibility push(hidden)
 
 namespace simt {
 
@@ -31,10 +34,13 @@ extern Settings settings;
 [[noreturn]] void stop(std::string error);  // (scheduler.cpp) the end of all failures
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string text(const char* format, va_list arguments);
-std::string where(const void* pc);           // "function at file:line"
-std::string function_at(const void* start);  // "function"
-std::uint32_t code_offset(const void* pc);   // a pc in 32 bits, for the shadow
-const void* code_address(std::uint32_t offset);
+std::string where(const void* pc);  // "file:line", and whence, where it was inlined
+std::string where(std::uint32_t code_offset);
+std::string function_at(const void* start);
+extern const char* const code_base;
+inline std::uint32_t code_offset(const void* pc) {  // a pc in 32 bits, for the shadow
+    return std::uint32_t(static_cast<const char*>(pc) - code_base);
+}
 
 // ---- fibers (fibers.cpp)
 
@@ -107,10 +113,37 @@ struct Shadow {
     void map(std::uintptr_t begin, std::uintptr_t end);
     void unmap();
 };
+
+// The common cases of shared memory, before anything else is asked: whole words that this block has
+// written (so they lie in an array), last in an earlier epoch. False where there is more to check.
+inline bool quick_read(const Shadow& shadow, std::size_t offset, unsigned bytes) {
+    if ((offset | bytes) % 4) return false;
+    const std::uint64_t epoch = now.stamp.epoch();
+    for (const Cell *cell = shadow.words + offset / 4, *end = cell + bytes / 4; cell < end; ++cell)
+        if (cell->write.run != now.stamp.run || cell->write.epoch() >= epoch ||
+            cell->write.key & (kPending | kSplit) || cell->read.run != now.stamp.run ||
+            cell->read.epoch() != epoch || !(cell->read.key & kManyBlock))
+            return false;  // unless two warps have read it already, the reader is to be noted
+    return true;
+}
+inline bool quick_write(const Shadow& shadow, std::size_t offset, unsigned bytes, const void* pc) {
+    if ((offset | bytes) % 4) return false;
+    const std::uint64_t epoch = now.stamp.epoch();
+    Cell *const first = shadow.words + offset / 4, *const end = first + bytes / 4;
+    for (const Cell* cell = first; cell < end; ++cell)
+        if (cell->write.run != now.stamp.run || cell->write.epoch() >= epoch ||
+            cell->write.key & (kPending | kSplit) ||
+            (cell->read.run == now.stamp.run && cell->read.epoch() >= epoch))
+            return false;
+    const Stamp fresh = {now.stamp.run, code_offset(pc), now.stamp.key};
+    for (Cell* cell = first; cell < end; ++cell) cell->write = fresh;
+    return true;
+}
+
 enum class Space { shared, global };
 template <Space space>
-void check_history(Shadow& shadow, bool initialised, std::uintptr_t address, unsigned bytes,
-                   Access access, const void* pc);
+void check_history(Shadow& shadow, std::uintptr_t address, unsigned bytes, Access access,
+                   const void* pc);
 void mark_pending(Shadow& shadow, std::uintptr_t address, unsigned bytes, bool pending,
                   const void* pc);
 
@@ -119,7 +152,9 @@ extern char* arena;
 extern Shadow arena_shadow;
 void begin_shared(std::size_t dynamic_bytes);  // for a launch
 void fill_shared();                            // for a block
-bool in_shared(std::uintptr_t address);
+inline bool in_shared(std::uintptr_t address) {
+    return address - std::uintptr_t(arena) < kArenaBytes;
+}
 void check_shared(std::uintptr_t address, unsigned bytes, Access access, const void* pc);
 void check_shared_bounds(std::uintptr_t address, unsigned bytes, const void* pc);
 std::size_t static_shared_bytes();
@@ -136,11 +171,16 @@ struct AsyncCopy {
     char* target;
     const char* source;
     int bytes, valid;
+    const void* pc;
 };
 struct AsyncQueue {
     std::vector<std::vector<AsyncCopy>> groups;  // committed, oldest first
     std::vector<AsyncCopy> open;
-    bool empty() const { return groups.empty() && open.empty(); }
+    const AsyncCopy* in_flight() const {  // one of them; a group may be empty
+        for (const auto& group : groups)
+            if (!group.empty()) return &group[0];
+        return open.empty() ? nullptr : &open[0];
+    }
 };
 AsyncQueue& async_queue();  // of the running thread
 
@@ -150,3 +190,5 @@ void validate_launch(const void* kernel, dim3 grid, dim3 block, std::size_t dyna
 void validate_shared(std::size_t static_bytes, std::size_t dynamic_bytes);
 
 }  // namespace simt
+
+#pragma GCC visibility pop

@@ -25,7 +25,7 @@ struct Thread {
     uint3 index;
     const char* function;  // what it waits in, and where
     Site site;
-    int predicate;
+    Votes votes;  // of the last barrier
     AsyncQueue copies;
 };
 
@@ -78,9 +78,9 @@ void arrange(std::vector<T>& indices, std::mt19937_64& random) {
 
 void thread_main() {
     launch_now->body(launch_now->context);
-    if (!self().copies.empty())
-        fail("asynchronous copies in flight",
-             "the thread exits with copies that no cp_async_wait has retired");
+    if (const AsyncCopy* copy = self().copies.in_flight())
+        fail_at(copy->pc, "asynchronous copies in flight",
+                "the thread exits with a copy that no cp_async_wait has retired, issued");
     --launch_now->live;
     park();
 }
@@ -210,13 +210,16 @@ Votes barrier(const char* function, int predicate, Site site) {
         suspend(thread.fiber);
     } else {
         launch.waiting = 0;
-        for (Thread& other : launch.thread) other.status = Status::ready;
+        for (Thread& other : launch.thread) {
+            other.status = Status::ready;
+            other.votes = launch.votes;  // kept: the first to go on may begin the next barrier
+        }
         const std::uint64_t who = now.stamp.key & 0xffffffffff;
         advance_epoch();
         now.stamp.key |= who;
         suspend(thread.fiber);  // so that the order of the settings holds after it, too
     }
-    return launch.votes;
+    return thread.votes;
 }
 
 void meet(unsigned mask, const char* function, Site site, void* mine,

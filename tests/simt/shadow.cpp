@@ -12,8 +12,6 @@
 
 namespace simt {
 
-std::string where(std::uint32_t offset);
-
 namespace {
 
 Cell* map_cells(std::size_t count) {
@@ -68,7 +66,7 @@ inline void merge(Stamp& stamp, const Stamp& fresh) {
 }
 
 template <Space space>
-inline void check_cell(Cell& cell, bool initialised, std::uintptr_t address, Access access,
+inline void check_cell(Cell& cell, std::uintptr_t address, Access access,
                        const void* pc) {
     if (cell.write.key & kPending && (space == Space::global || cell.write.run == now.stamp.run))
         fail_at(pc, "access to a pending asynchronous copy",
@@ -79,10 +77,10 @@ inline void check_cell(Cell& cell, bool initialised, std::uintptr_t address, Acc
     if (access != Access::write) {
         const bool written =
             space == Space::shared ? cell.write.run == now.stamp.run : cell.write.run != 0;
-        if (!written && !initialised)
+        if (!written)
             fail_at(pc, "uninitialised read", "of %#zx, which no thread has written",
                     std::size_t(address));
-        if (!both_atomic && written && !ordered<space>(cell.write))
+        if (!both_atomic && !ordered<space>(cell.write))
             race("read after write without order", cell.write, address, pc);
     }
     const Stamp fresh = stamp_now(pc);
@@ -124,7 +122,7 @@ void Shadow::unmap() {
 }
 
 template <Space space>
-void check_history(Shadow& shadow, bool initialised, std::uintptr_t address, unsigned bytes,
+void check_history(Shadow& shadow, std::uintptr_t address, unsigned bytes,
                    Access access, const void* pc) {
     std::size_t offset = address - shadow.base;
     const std::size_t end = offset + bytes;
@@ -132,20 +130,20 @@ void check_history(Shadow& shadow, bool initialised, std::uintptr_t address, uns
         Cell& word = shadow.words[offset / 4];
         const bool whole = offset % 4 == 0 && offset + 4 <= end;
         if (whole && !(word.write.key & kSplit)) {
-            check_cell<space>(word, initialised, shadow.base + offset, access, pc);
+            check_cell<space>(word, shadow.base + offset, access, pc);
             offset += 4;
             continue;
         }
         Cell* singles = split(shadow, offset / 4);
         const std::size_t stop = std::min(end, (offset & ~std::size_t(3)) + 4);
         for (; offset < stop; ++offset)
-            check_cell<space>(singles[offset % 4], initialised, shadow.base + offset, access, pc);
+            check_cell<space>(singles[offset % 4], shadow.base + offset, access, pc);
         if (whole && access == Access::write) word = singles[0];  // one history again
     }
 }
-template void check_history<Space::shared>(Shadow&, bool, std::uintptr_t, unsigned, Access,
+template void check_history<Space::shared>(Shadow&, std::uintptr_t, unsigned, Access,
                                            const void*);
-template void check_history<Space::global>(Shadow&, bool, std::uintptr_t, unsigned, Access,
+template void check_history<Space::global>(Shadow&, std::uintptr_t, unsigned, Access,
                                            const void*);
 
 void mark_pending(Shadow& shadow, std::uintptr_t address, unsigned bytes, bool pending,

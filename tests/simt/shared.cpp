@@ -66,8 +66,6 @@ void* shared_array(const void* key, const char* name, std::size_t bytes) {
     return add(key, name, bytes);
 }
 
-bool in_shared(std::uintptr_t address) { return address - std::uintptr_t(arena) < kArenaBytes; }
-
 void check_shared_bounds(std::uintptr_t address, unsigned bytes, const void* pc) {
     const Array* nearest = nullptr;
     for (const Array& array : arrays) {
@@ -87,7 +85,7 @@ void check_shared(std::uintptr_t address, unsigned bytes, Access access, const v
         check_shared_bounds(address, bytes, pc);
         for (recent = 0; address < arrays[recent].begin || address >= arrays[recent].end;) ++recent;
     }
-    check_history<Space::shared>(arena_shadow, false, address, bytes, access, pc);
+    check_history<Space::shared>(arena_shadow, address, bytes, access, pc);
 }
 
 }  // namespace simt

@@ -83,7 +83,8 @@ def _as_input(
     parameter = next(net.model.parameters(), torch.empty(0))
     if isinstance(image, Tensor):
         return image.reshape(1, *image.shape[-3:]).to(parameter)
-    photo = _as_photo(image).convert("L" if parameter.dim() == 4 and parameter.shape[1] == 1 else "RGB")
+    first = next((m for m in net.model.modules() if isinstance(m, torch.nn.Conv2d)), None)
+    photo = _as_photo(image).convert("L" if first is not None and first.in_channels == 1 else "RGB")
     if input_size:
         photo = ImageOps.fit(photo, (input_size[1], input_size[0]), Image.Resampling.BICUBIC)
     pixels = np.atleast_3d(np.asarray(photo, dtype=np.float64))
@@ -93,9 +94,9 @@ def _as_input(
 
 def _as_photo(image: object) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image
+        return ImageOps.exif_transpose(image)
     if isinstance(image, (str, os.PathLike)):
-        return Image.open(image)
+        return ImageOps.exif_transpose(Image.open(image))
     array = np.asarray(image)
     if array.dtype.kind == "f":
         array = np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)

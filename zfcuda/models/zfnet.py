@@ -76,10 +76,9 @@ class ZFNet(torch.nn.Sequential):
         Height and width of those images.
     """
 
-    def __init__(self, in_channels: int, input_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.input_size = input_size
+    # Set by zfnet(), not by a constructor of its own: slices (net[:5]) are made by torch.nn.Sequential's.
+    in_channels: int
+    input_size: tuple[int, int]
 
 
 def zfnet(
@@ -136,7 +135,8 @@ def zfnet(
     if norm not in ("after", "before"):
         raise ValueError(f"norm is {norm!r}; it must be 'after' or 'before' (the pooling)")
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    net = ZFNet(in_channels, size)
+    net = ZFNet()
+    net.in_channels, net.input_size = in_channels, size
     channels = in_channels
     for number, row in table.items():
         if isinstance(row, Conv):

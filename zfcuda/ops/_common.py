@@ -26,7 +26,7 @@ def pair(name: str, value: int | Sequence[int]) -> list[int]:
     TypeError
         If it is neither.
     """
-    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value]
     values = values * 2 if len(values) == 1 else values
     if len(values) != 2 or not all(_is_int(v) for v in values):
         raise TypeError(f"{name} is {value!r}; it must be an int or two ints (height, width)")

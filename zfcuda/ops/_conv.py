@@ -39,6 +39,8 @@ class Filters(NamedTuple):
         """
         check_tensor(name, value)
         check_tensor("weight", weight, like=value)
+        if weight.size(0) == 0:
+            raise RuntimeError(f"weight has shape {tuple(weight.shape)}; it must have at least one filter")
         check_at_least(1, stride=self.stride, dilation=self.dilation)
         check_at_least(0, padding=self.padding)
         if self.groups < 1 or value.size(1) % self.groups != 0 or weight.size(0) % self.groups != 0:

@@ -1,0 +1,156 @@
+// The plan of a convolution as tap_gemm.cuh computes it: which taps hit which pixels, the sizes as
+// 32-bit integers, and the weights in the order of its columns.
+#pragma once
+
+#include <limits>
+
+#include "gate.cuh"
+
+namespace zfcuda {
+
+constexpr int kPackThreads = 256;
+
+// One dimension of the plan: `size` pixels of the result, in `phases` phases.
+struct TapAxis {
+    int size, kernel, stride, padding, dilation;
+    int phases;       // 1 for a convolution
+    int tap_step;     // distance between the taps of a phase
+    int offset_step;  // distance between their positions in the source
+    int pixel_step;   // distance in the source between neighbouring pixels of a phase
+};
+
+// The taps of one phase: kernel position first + t * tap_step, t < count, reads the source at
+// q * pixel_step + offset + t * offset_step.
+struct PhaseTaps {
+    int count, first, offset, pixels;
+};
+
+template <bool kTransposed>
+__device__ PhaseTaps phase_taps(const TapAxis& axis, int phase) {
+    if (!kTransposed) return {axis.kernel, 0, -axis.padding, axis.size};
+    int first = 0;
+    while (first < axis.kernel && (phase + axis.padding - first * axis.dilation) % axis.stride)
+        ++first;
+    const int count = (axis.kernel - first + axis.tap_step - 1) / axis.tap_step;
+    const int pixels = (axis.size - phase + axis.stride - 1) / axis.stride;
+    return {count, first, (phase + axis.padding - first * axis.dilation) / axis.stride, pixels};
+}
+
+struct TapPlan {
+    Layout source, result;
+    TapAxis y, x;
+    std::int64_t batch;
+    int groups, channels, columns;  // of the source and of the result, in a group
+    int padded_columns;
+    int row_tiles, column_tiles;
+    bool rectify;  // the source of the transposed convolution, the result of the other
+    bool quads;    // four results that are neighbours in memory are stored at once
+};
+
+// What differs between the two convolutions on the host.
+template <bool kTransposed>
+TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, std::int64_t padding,
+                 std::int64_t dilation) {
+    constexpr std::int64_t kLimit = 1 << 28;
+    if (size > kLimit || kernel * dilation > kLimit || padding > kLimit || stride > kLimit)
+        throw std::runtime_error("zfcuda: a side of a CUDA convolution is over 2^28 pixels");
+    TapAxis axis = {int(size), int(kernel), int(stride),   int(padding), int(dilation),
+                    1,         1,           int(dilation), int(stride)};
+    if (kTransposed) {
+        std::int64_t divisor = stride;
+        for (std::int64_t rest = dilation; rest != 0;) {
+            const std::int64_t next = divisor % rest;
+            divisor = rest;
+            rest = next;
+        }
+        axis.phases = static_cast<int>(stride < size ? stride : size);
+        axis.tap_step = static_cast<int>(stride / divisor);
+        axis.offset_step = -static_cast<int>(dilation / divisor);
+        axis.pixel_step = 1;
+    }
+    return axis;
+}
+
+// A group with few result channels has a tile of its own.
+inline bool narrow(std::int64_t columns, Dtype dtype) {
+    return dtype == Dtype::float32 && columns <= 16;
+}
+
+inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
+    return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
+}
+
+template <bool kTransposed>
+std::int64_t tap_gemm_workspace(const ConvShape& s, Dtype dtype) {
+    const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
+    const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
+    return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
+           (dtype == Dtype::float32 ? 4 : 8);
+}
+
+template <bool kTransposed>
+TapPlan tap_plan(const ConvShape& s, Dtype dtype, Gate gate) {
+    TapPlan p = {};
+    p.source = kTransposed ? s.maps() : s.image();
+    p.result = kTransposed ? s.image() : s.maps();
+    p.y = tap_axis<kTransposed>(p.result.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+    p.x = tap_axis<kTransposed>(p.result.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+    p.batch = s.batch;
+    p.groups = static_cast<int>(s.groups);
+    p.channels = static_cast<int>(p.source.channels / s.groups);
+    p.columns = static_cast<int>(p.result.channels / s.groups);
+    p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
+    p.rectify = static_cast<int>(gate) & kRectify;
+    if (s.taps() * (p.source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
+        throw std::runtime_error("zfcuda: a filter of a CUDA convolution has over 2^31 weights");
+    return p;
+}
+
+// packed[group][tap][channel][column] from weights out,in/groups,kernel_h,kernel_w. The source
+// channels are the weight's second dimension in a convolution and its first in the transposed one.
+// A 32 x 32 tile goes through shared memory: lanes along the taps to read, along columns to write.
+template <typename T, bool kTransposed>
+__global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
+    ZF_SHARED(T, tile, 32 * 33);
+    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
+    // Rows of the tile: result columns. Its columns: what is contiguous in the weight.
+    const std::int64_t batches = kTransposed ? p.channels : 1;
+    const std::int64_t length = kTransposed ? taps : taps * p.channels;
+    const std::int64_t row_stride = length, batch_stride = p.columns * length;
+    const std::int64_t length_tiles = (length + 31) / 32,
+                       column_tiles = (p.padded_columns + 31) / 32;
+    std::int64_t block = blockIdx.x;
+    const std::int64_t first = block % length_tiles * 32;
+    block /= length_tiles;
+    const std::int64_t first_column = block % column_tiles * 32;
+    block /= column_tiles;
+    const std::int64_t batch = block % batches, group = block / batches;
+    const T* const from = weight + (group * batches + batch) * batch_stride;
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int i = warp; i < 32; i += kPackThreads / 32) {
+        const bool inside = first_column + i < p.columns && first + lane < length;
+        tile[i * 33 + lane] = inside ? from[(first_column + i) * row_stride + first + lane] : T(0);
+    }
+    __syncthreads();
+    for (int i = warp; i < 32; i += kPackThreads / 32) {
+        if (first + i >= length || first_column + lane >= p.padded_columns) continue;
+        const std::int64_t index = batch * length + first + i;
+        const std::int64_t channel = index / taps, tap = index % taps;
+        const std::int64_t row = (group * taps + tap) * p.channels + channel;
+        packed[row * p.padded_columns + first_column + lane] = tile[lane * 33 + i];
+    }
+}
+
+template <typename T, bool kTransposed>
+void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const Exec& exec) {
+    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
+    const std::int64_t tiles =
+        kTransposed ? (taps + 31) / 32 * p.channels : (taps * p.channels + 31) / 32;
+    const std::int64_t blocks = tiles * ((p.padded_columns + 31) / 32) * p.groups;
+    if (blocks == 0) return;
+    launch(pack_weights_kernel<T, kTransposed>, dim3(static_cast<unsigned>(blocks)),
+           dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<T>());
+}
+
+}  // namespace zfcuda

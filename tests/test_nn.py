@@ -1,0 +1,99 @@
+"""The modules: drop-in for torch's, with the same state dicts, arguments and results."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from oracles import assert_within, normal
+from torch import nn
+
+import zfcuda.nn as zf
+
+
+def pairs():
+    """A module of torch's (and what follows it), and the one that replaces it."""
+    return {
+        "conv": (nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU()), zf.ConvReLU2d(3, 4, 3, 2, 1)),
+        "conv without bias": (
+            nn.Sequential(nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), nn.ReLU()),
+            zf.ConvReLU2d(3, 6, (3, 2), groups=3, bias=False),
+        ),
+        "pool": (nn.MaxPool2d(3, 2, 1, 1, False, True), zf.MaxPool2d(3, 2, 1, 1, False, True)),
+        "pool, stride of the window": (nn.MaxPool2d(2), zf.MaxPool2d(2)),
+        "norm": (nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), zf.LocalResponseNorm(5, 5e-4, 0.75, 2.0)),
+    }
+
+
+@pytest.mark.parametrize("name", pairs())
+def test_replaces_torchs(backend, name):
+    theirs, ours = pairs()[name]
+    first = theirs[0] if isinstance(theirs, nn.Sequential) else theirs
+    assert list(ours.state_dict()) == list(first.state_dict())
+    ours.load_state_dict(first.state_dict())
+    ours = pickle.loads(pickle.dumps(copy.deepcopy(ours))).to(backend.device)
+    x = normal(2, 3, 9, 8)
+    theirs64 = copy.deepcopy(theirs).double()
+    with torch.no_grad():
+        assert_within(ours(x.float().to(backend.device)), theirs(x.float()), theirs64(x), terms=27)
+
+
+def test_the_same_initialisation():
+    torch.manual_seed(1)
+    theirs = nn.Conv2d(3, 4, 3)
+    torch.manual_seed(1)
+    ours = zf.ConvReLU2d(3, 4, 3)
+    assert torch.equal(theirs.weight, ours.weight) and torch.equal(theirs.bias, ours.bias)
+
+
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_unpooling_with_torchs_signature(backend, ceil_mode):
+    """Indices as torch's, switches for our own unpooling; without overlap both put values back alike."""
+    x = normal(2, 3, 8, 9).float()
+    expected, indices = nn.MaxPool2d(2, 2, 0, 1, True, ceil_mode)(x)
+    output, ours = zf.MaxPool2d(2, 2, 0, 1, True, ceil_mode)(x.to(backend.device))
+    assert torch.equal(ours.cpu(), indices) and torch.equal(output.cpu(), expected)
+    output, switches = zf.MaxPool2d(2, ceil_mode=ceil_mode, return_switches=True)(x.to(backend.device))
+    for overlap in ("sum", "overwrite"):
+        back = zf.MaxUnpool2d(2, overlap=overlap)(output, switches, x.shape)
+        assert torch.equal(back.cpu(), nn.MaxUnpool2d(2)(expected, indices, x.shape))
+
+
+def test_repr():
+    assert repr(zf.ConvReLU2d(3, 4, 3, 2)) == "ConvReLU2d(3, 4, kernel_size=(3, 3), stride=(2, 2))"
+    assert repr(zf.MaxPool2d(3, 2)) == repr(nn.MaxPool2d(3, 2))
+    assert repr(zf.LocalResponseNorm(5)) == repr(nn.LocalResponseNorm(5))
+    expected = "MaxUnpool2d(kernel_size=3, stride=2, padding=0, dilation=1, overlap='sum')"
+    assert repr(zf.MaxUnpool2d(3, 2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (RuntimeError, "padding_mode is 'reflect'", lambda: zf.ConvReLU2d(3, 4, 3, padding=1, padding_mode="reflect")),
+        (TypeError, "padding is 'same'", lambda: zf.ConvReLU2d(3, 4, 3, padding="same")),
+        (RuntimeError, "return_switches", lambda: zf.MaxPool2d(2, return_indices=True, return_switches=True)),
+        (ValueError, "overlap is 'max'", lambda: zf.MaxUnpool2d(2, overlap="max")),
+    ],
+)
+def test_refuses(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_layer_of_the_paper_compiles_and_trains(backend):
+    """Convolution, pool, normalisation in channels_last, one graph: gradients equal the eager ones."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(zf.ConvReLU2d(3, 8, 5, 2, 1), zf.MaxPool2d(3, 2, ceil_mode=True), zf.LocalResponseNorm(5))
+    layer = layer.to(backend.device, memory_format=torch.channels_last)
+    x = normal(2, 3, 16, 16).float().to(backend.device, memory_format=torch.channels_last)
+    results = []
+    for module in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        output = module(x)
+        output.square().sum().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in layer.parameters())])
+        assert all(p.grad.stride() == p.stride() for p in layer.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
