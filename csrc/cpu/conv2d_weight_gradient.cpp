@@ -7,6 +7,12 @@
 // A matrix product over the pixels: rows are map channels, columns are (ky, kx, i) and one more
 // column of ones that yields grad_bias. Each tile of the result is the work of one thread, which
 // walks all pixels in order: the sum does not depend on the number of threads.
+//
+// Measured (ZFNet, batch 8, float32, Zen 4, AVX-512, one thread, processor time, medians, calls of
+// both in turn, buffers reused), torch 2.13 / ours, channels_last:
+//   conv1 0.81   conv2 0.71   conv3 0.71   conv4 0.73   conv5 0.72   (57-68 GFLOP/s)
+// Packing the signal 12 channels a call of constant length, and an image row once for all panels,
+// gained a quarter; what is left below the forward product's speed is not explained yet.
 #include "convolution.h"
 
 namespace zfcuda {
@@ -19,14 +25,14 @@ constexpr std::int64_t kGradColumns = 3 * gemm::kColumns<T>;
 // Scratch of one thread: packed signal, packed image, tiles.
 template <typename T>
 constexpr std::int64_t kGradScratch =
-    gemm::kDepth * (kGradRows + kGradColumns<T>) + kGradRows * kGradColumns<T>;
+    gemm::kDepth * (kGradRows + kGradColumns<T>)+kGradRows * kGradColumns<T>;
 
 template <typename T>
 Taps<T> image_taps(const ConvShape& s, std::int64_t group) {
-    const Axis rows = forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h,
-                                   s.dilation_h);
-    const Axis columns = forward_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w,
-                                      s.padding_w, s.dilation_w);
+    const Axis rows =
+        forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+    const Axis columns =
+        forward_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
     return {s.image(), rows, columns, group * s.in_per_group(), s.in_per_group()};
 }
 
@@ -139,8 +145,8 @@ std::int64_t conv2d_weight_gradient_workspace(const ConvShape&, Dtype dtype, con
 }
 
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
-                            Address signal, Address forward, Address grad_weight,
-                            Address grad_bias, Address workspace, const Exec& exec) {
+                            Address signal, Address forward, Address grad_weight, Address grad_bias,
+                            Address workspace, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         with_source<T>(gate, signal, forward, [&](const auto& source) {

@@ -49,8 +49,8 @@ constexpr std::int64_t kPassColumns = 12 * gemm::kColumns<T>;
 // Scratch of one thread: a block of packed rows and the tiles of the block of the result.
 template <typename T>
 constexpr std::int64_t pass_scratch(std::int64_t columns) {
-    return kPassRows * (gemm::kRowStride +
-                        gemm::padded_columns<T>(std::min(columns, kPassColumns<T>)));
+    return kPassRows *
+           (gemm::kRowStride + gemm::padded_columns<T>(std::min(columns, kPassColumns<T>)));
 }
 
 // The packed weight: for each group, for each block of depth, the panels of columns, k-major.
@@ -91,9 +91,8 @@ void store_tiles(const Pass<T>& pass, const Epilogue<T>& epilogue, const T* tile
         gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
             const T* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
             for (std::int64_t r = 0; r < std::min(height, rows - i); ++r, at.next()) {
-                const std::int64_t offset =
-                    pass.dest.offset(at.n, channel + j, pass.taps.rows.dest(at.y),
-                                     pass.taps.columns.dest(at.x));
+                const std::int64_t offset = pass.dest.offset(
+                    at.n, channel + j, pass.taps.rows.dest(at.y), pass.taps.columns.dest(at.x));
                 for (std::int64_t c = 0; c < used; ++c)
                     epilogue(offset + c * pass.dest.step_channel(), channel + j + c,
                              tile[r * width + c]);
@@ -129,8 +128,7 @@ void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilog
                 for (std::int64_t r = 0; r < rows; ++r, at.next())
                     taps.read_row(source, at, k, k + length, a + r * gemm::kRowStride);
                 const T* b = packed + (group * depth + k) * padded + column * length;
-                gemm::multiply<T, gemm::Rows::row_major>(a, b, rows, columns, length, tiles,
-                                                         k > 0);
+                gemm::multiply<T, gemm::Rows::row_major>(a, b, rows, columns, length, tiles, k > 0);
                 k += length;
             } while (k < depth);
             store_tiles(pass, epilogue, tiles, position, rows, group * pass.columns + column,

@@ -113,8 +113,8 @@ void multiply(const T* a, const T* b, std::int64_t rows, std::int64_t columns, s
     for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
         for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
             kernels[height / step - 1][width / kVector<T> - 1](
-                a + i * a_step, b + j * depth, depth,
-                tiles + tile_offset<T>(rows, i, j, width), accumulate);
+                a + i * a_step, b + j * depth, depth, tiles + tile_offset<T>(rows, i, j, width),
+                accumulate);
         });
     });
 }

@@ -44,7 +44,7 @@ struct Lanes {
         copy(to, &bytes, lanes);
     }
 
-   private:
+  private:
     template <typename To, typename From>
     static To convert(const From& from) {
         return __builtin_convertvector(from, To);

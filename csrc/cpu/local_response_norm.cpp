@@ -12,6 +12,11 @@
 //
 // Floor: forward one read and one write, backward two reads and one write. The usual beta = 3/4
 // takes two square roots and a division, which vectorise; another beta takes std::pow.
+//
+// Measured (ZFNet, batch 8, float32, Zen 4, AVX-512, one thread, processor time, medians, calls of
+// both in turn, buffers reused), torch 2.13 / ours, channels_last:
+//   norm1 13.8   norm2 15.3   backward 14.3, 13.7   contiguous: 7.9, 13.3, backward 7.3, 7.5
+//   (3.7 to 4.4 times a copy: bound by the square roots and the division, not yet by memory)
 #include <cmath>
 
 #include "parallel.h"
@@ -50,8 +55,7 @@ struct Norm {
         for (std::int64_t o = -(s.size / 2); o <= (s.size - 1) / 2; ++o) {
             const Range inside = lanes_inside(c + o, 0, s.channels, lanes);
             const T* source = x + at + o * s.layout().step_channel();
-            for (std::int64_t i = inside.first; i < inside.last; ++i)
-                d[i] += source[i] * source[i];
+            for (std::int64_t i = inside.first; i < inside.last; ++i) d[i] += source[i] * source[i];
         }
         for (std::int64_t i = 0; i < lanes; ++i) d[i] = k + scale * d[i];
     }
@@ -98,8 +102,7 @@ struct Norm {
                 const Range own = lanes_inside(c, begin, end, block);
                 for (std::int64_t i = own.first; i < own.last; ++i)
                     grad[at + i] = g[at + i] * term[i];
-                for (std::int64_t i = 0; i < block; ++i)
-                    term[i] *= g[at + i] * x[at + i] / d[i];
+                for (std::int64_t i = 0; i < block; ++i) term[i] *= g[at + i] * x[at + i] / d[i];
                 for (std::int64_t o = -(s.size / 2); o <= (s.size - 1) / 2; ++o) {
                     const Range reached = lanes_inside(c + o, begin, end, block);
                     const std::int64_t sum = (c + o - begin) * sum_step;
@@ -146,8 +149,8 @@ void local_response_norm(const NormShape& s, Dtype dtype, double alpha, double b
 }
 
 void local_response_norm_gradient(const NormShape& s, Dtype dtype, double alpha, double beta,
-                                  double k, Address input, Address grad_output,
-                                  Address grad_input, const Exec& exec) {
+                                  double k, Address input, Address grad_output, Address grad_input,
+                                  const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Norm<T> norm{s, T(alpha / s.size), T(beta), T(k), input.as<const T>()};

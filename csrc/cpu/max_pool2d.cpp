@@ -12,6 +12,12 @@
 //                                     for 1 and 2, so that the compiler shuffles, not gathers)
 //
 // Floor: one read of the input, one write of 5 bytes an output (float32): a memory copy.
+//
+// Measured (ZFNet, batch 8, float32, Zen 4, AVX-512, one thread, processor time, medians, calls of
+// both in turn, buffers reused), torch 2.13 / ours, channels_last:
+//   pool1 0.92   pool2 1.09   pool5 1.00    of a copy of the input: 1.2, 1.2, 3.0 times (pool1, 2,
+//   5) contiguous: 5.4, 4.3, 1.9
+// Lost: arrays of 64 lanes and plain loops, which GCC left scalar (ten times slower).
 #include <limits>
 #include <type_traits>
 
@@ -92,8 +98,8 @@ struct Pool {
             for (std::int64_t c = 0; c < s.channels; c += V::count) {
                 const std::int64_t lanes = std::min<std::int64_t>(V::count, s.channels - c);
                 Best<T> best;
-                best.tap = typename V::Integer{} + static_cast<typename V::Int>(
-                                                       rows.first * s.kernel_w + columns.first);
+                best.tap = typename V::Integer{} +
+                           static_cast<typename V::Int>(rows.first * s.kernel_w + columns.first);
                 for (std::int64_t i = rows.first; i < rows.last; ++i)
                     for (std::int64_t j = columns.first; j < columns.last; ++j)
                         best.meet(V::load(corner + i * row_step + j * column_step + c, lanes),

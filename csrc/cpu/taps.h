@@ -77,10 +77,14 @@ template <typename T, typename Body>
 void with_source(Gate gate, Address signal, Address forward, Body&& body) {
     const T *s = signal.as<const T>(), *f = forward.as<const T>();
     switch (gate) {
-        case Gate::none: return body(Source<Gate::none, T>{s, f});
-        case Gate::deconvnet: return body(Source<Gate::deconvnet, T>{s, f});
-        case Gate::backprop: return body(Source<Gate::backprop, T>{s, f});
-        case Gate::guided: return body(Source<Gate::guided, T>{s, f});
+        case Gate::none:
+            return body(Source<Gate::none, T>{s, f});
+        case Gate::deconvnet:
+            return body(Source<Gate::deconvnet, T>{s, f});
+        case Gate::backprop:
+            return body(Source<Gate::backprop, T>{s, f});
+        case Gate::guided:
+            return body(Source<Gate::guided, T>{s, f});
     }
 }
 
@@ -139,7 +143,7 @@ struct Taps {
         }
     }
 
-   private:
+  private:
     // Elements [from, to) of one line of taps; element 0 lies at `base` of the source.
     template <typename Read>
     void read_line(const Read& source, std::int64_t base, std::int64_t from, std::int64_t to,

@@ -1,0 +1,52 @@
+"""The shapes of ZFNet's layers, once, for every benchmark."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A square convolution of ZFNet: input channels and size, maps, kernel, stride, padding."""
+
+    name: str
+    channels: int
+    size: int
+    maps: int
+    kernel: int
+    stride: int
+    padding: int
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def output_padding(self) -> int:
+        """What the transposed convolution needs to return to ``size``."""
+        return self.size - ((self.out_size - 1) * self.stride - 2 * self.padding + self.kernel)
+
+    def flops(self, batch: int) -> int:
+        return 2 * batch * self.out_size**2 * self.maps * self.channels * self.kernel**2
+
+
+@dataclass(frozen=True)
+class Map:
+    """The channels and the size of a map that is pooled (3x3, stride 2, ceil) or normalised."""
+
+    name: str
+    channels: int
+    size: int
+
+    @property
+    def pooled_size(self) -> int:
+        return -(-(self.size - 3) // 2) + 1
+
+
+CONVOLUTIONS = (
+    Conv("conv1", 3, 224, 96, 7, 2, 1),
+    Conv("conv2", 96, 55, 256, 5, 2, 0),
+    Conv("conv3", 256, 13, 384, 3, 1, 1),
+    Conv("conv4", 384, 13, 384, 3, 1, 1),
+    Conv("conv5", 384, 13, 256, 3, 1, 1),
+)
+POOLS = (Map("pool1", 96, 110), Map("pool2", 256, 26), Map("pool5", 256, 13))
+NORMS = (Map("norm1", 96, 55), Map("norm2", 256, 13))
