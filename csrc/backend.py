@@ -3,9 +3,10 @@
 A machine that has a CUDA toolkit, or builds for the CPU only, downloads nothing more.
 """
 
-from build import missing_nvcc_packages  # csrc/build.py
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (every hook that is not named here)
+
+from build import missing_nvcc_packages  # csrc/build.py
 
 
 def get_requires_for_build_wheel(config_settings=None):
