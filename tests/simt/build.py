@@ -23,11 +23,10 @@ import build  # noqa: E402  (csrc/build.py)
 
 #: The kernels; target.cu speaks to the CUDA runtime, control.cpp stands in its place.
 KERNELS = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/target.cu"})
-RUNTIME = sorted(HERE.glob("*.cpp"))
 
 
 #: How the kernels (and only they) are compiled: with the hooks, without, and counting what runs.
-CHECKED = "-O2 -fsanitize=thread,alignment --param=tsan-instrument-func-entry-exit=0".split()
+CHECKED = ["-O2", "-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0"]
 FAST = ["-DZF_SIMT_FAST"]
 COVERAGE = [*FAST, "-DZF_SIMT_COVERAGE", "--coverage", "-O1", "-fno-inline"]
 
@@ -49,7 +48,7 @@ def _module(name: str, kernels: Sequence[Path], flags: Sequence[str], bindings: 
     # -march=native so that fmaf is an instruction, as on a GPU.
     kernel = ["-x", "c++", *common, "-march=native", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", *flags]
     objects = [(path, "cxx", kernel) for path in kernels]
-    objects += [(path, "cxx", [*common, "-DZF_SIMT_BACKEND"] if bindings else common) for path in RUNTIME]
+    objects.append((HERE / "runtime.cpp", "cxx", [*common, "-DZF_SIMT_BACKEND"] if bindings else common))
     if bindings:
         objects.append(build.bindings(name))
     return build.Module(name, objects, ["--coverage"] if "--coverage" in flags else [])

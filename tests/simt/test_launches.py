@@ -39,7 +39,7 @@ def test_blocks_that_do_not(kernels, block):
 
 @pytest.mark.parametrize("grid", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 65536, 1), (1, 1, 65536), (1 << 31, 1, 1)])
 def test_grids_that_do_not_fit(kernels, grid):
-    with pytest.raises(RuntimeError, match="invalid launch: (an empty grid|a grid has)"):
+    with pytest.raises(RuntimeError, match=r"invalid launch: (an empty grid|a grid has)"):
         store(kernels, grid=grid)
 
 
