@@ -61,11 +61,13 @@ def test_memory_format_follows_the_input(backend):
 
 
 def test_agrees_with_torch(backend):
-    """Any window, torch's convention of alpha."""
+    """Any window, torch's convention of alpha.
+
+    On planes of a few pixels: the gradient is a difference, so of a single one nothing but rounding may be left.
+    """
+    sides = st.integers(3, 6)
     cases = st.tuples(
-        st.builds(
-            normal, st.integers(1, 2), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), seed=st.integers(0, 99)
-        ),
+        st.builds(normal, st.integers(1, 2), st.integers(1, 12), sides, sides, seed=st.integers(0, 99)),
         st.fixed_dictionaries(
             {"size": st.integers(1, 13), "alpha": st.floats(0, 2), "beta": st.floats(0, 2), "k": st.floats(0.5, 3)}
         ),

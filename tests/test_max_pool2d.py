@@ -198,6 +198,22 @@ def test_agrees_with_torch(backend):
     for_all(backend, st.tuples(INPUTS, WINDOWS), check, examples=200)
 
 
+def test_every_small_size():
+    """Along one dimension, all sizes up to 7 with all windows up to 4: refused or as large as torch's."""
+    ranges = range(1, 8), range(1, 5), range(1, 4), range(3), range(1, 4), (False, True)
+    for n, k, s, p, d, ceil_mode in itertools.product(*ranges):
+        x, arguments = torch.empty(1, 1, n, 1, device="meta"), ((k, 1), (s, 1), (p, 0), (d, 1), ceil_mode)
+        try:
+            expected = F.max_pool2d(x, *arguments, return_indices=True)[0].shape
+        except RuntimeError:
+            expected = None
+        if expected is None or _steps_over((n,), (k,), (s,), (p,), (d,)):
+            with pytest.raises(RuntimeError, match="|".join(NAMES)):
+                ops.max_pool2d(x, *arguments)
+        else:
+            assert ops.max_pool2d(x, *arguments)[0].shape == expected
+
+
 X = torch.ones(1, 2, 6, 6)
 REFUSED = [
     (TypeError, "input", lambda x: ops.max_pool2d(x.tolist(), 2)),

@@ -12,7 +12,7 @@
 namespace zfcuda {
 namespace {
 
-constexpr std::int64_t kGradRows = 16 * gemm::kRows;
+constexpr std::int64_t kGradRows = 32 * gemm::kRows;
 template <typename T>
 constexpr std::int64_t kGradColumns = 3 * gemm::kColumns<T>;
 
@@ -30,19 +30,21 @@ Taps<T> image_taps(const ConvShape& s, std::int64_t group) {
     return {s.image(), rows, columns, group * s.in_per_group(), s.in_per_group()};
 }
 
-// Panels of `rows` channels of the signal from `channel`, for `length` pixels from `at`.
-template <typename T, typename Read>
+// Panels of `rows` channels of the signal from `channel`, for `length` pixels from `at`. `step`,
+// between channels, and the height of full panels are constants where they can be.
+template <typename T, typename Read, typename Step>
 void pack_signal(const Layout& maps, const Read& source, Cursor at, std::int64_t channel,
-                 std::int64_t rows, std::int64_t length, T* dest) {
-    const std::int64_t step = maps.step_channel();
+                 std::int64_t rows, std::int64_t length, Step step, T* dest) {
+    const std::int64_t full = rows / gemm::kRows * gemm::kRows;
+    const std::int64_t height = gemm::padded_rows(rows - full);
     for (std::int64_t k = 0; k < length; ++k, at.next()) {
         const std::int64_t pixel = maps.offset(at.n, channel, at.y, at.x);
-        gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
-            T* panel = dest + i * length + k * height;
-            const std::int64_t used = std::min(height, rows - i);
-            for (std::int64_t r = 0; r < used; ++r) panel[r] = source(pixel + (i + r) * step);
-            for (std::int64_t r = used; r < height; ++r) panel[r] = 0;
-        });
+        for (std::int64_t i = 0; i < full; i += gemm::kRows)
+            for (std::int64_t r = 0; r < gemm::kRows; ++r)
+                dest[i * length + k * gemm::kRows + r] = source(pixel + (i + r) * step);
+        T* panel = dest + full * length + k * height;
+        for (std::int64_t r = 0; r < height; ++r)
+            panel[r] = full + r < rows ? source(pixel + (full + r) * step) : T(0);
     }
 }
 
@@ -51,14 +53,16 @@ void pack_signal(const Layout& maps, const Read& source, Cursor at, std::int64_t
 template <typename T, typename Read>
 void pack_image(const Taps<T>& taps, const Read& source, Cursor at, std::int64_t column,
                 std::int64_t columns, std::int64_t length, T* dest) {
-    for (std::int64_t k = 0; k < length; ++k, at.next())
+    T row[kGradColumns<T>];
+    const std::int64_t used = std::min(columns, taps.size() - column);
+    const std::int64_t padded = gemm::padded_columns<T>(columns);
+    for (std::int64_t c = used; c < padded; ++c) row[c] = column + c == taps.size();
+    for (std::int64_t k = 0; k < length; ++k, at.next()) {
+        taps.read_row(source, at, column, column + used, row);
         gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
-            T* panel = dest + j * length + k * width;
-            const std::int64_t from = column + j, to = std::min(from + width, taps.size());
-            const std::int64_t used = std::max<std::int64_t>(to - from, 0);
-            if (used > 0) taps.read_row(source, at, from, to, panel);
-            for (std::int64_t c = used; c < width; ++c) panel[c] = from + c == taps.size();
+            std::copy_n(row + j, width, dest + j * length + k * width);
         });
+    }
 }
 
 template <typename T>
@@ -89,13 +93,14 @@ void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_we
     const std::int64_t size = s.in_per_group() * s.taps() + (grad_bias ? 1 : 0);
     const std::int64_t row_blocks = gemm::divide_up(s.out_per_group(), kGradRows);
     const std::int64_t column_blocks = gemm::divide_up(size, kGradColumns<T>);
+    const std::int64_t block = gemm::padded_columns<T>(gemm::divide_up(size, column_blocks));
     const std::int64_t units = s.groups * row_blocks * column_blocks;
     parallel_for_thread(units, exec, [&](std::int64_t unit, int thread) {
-        const std::int64_t column = unit % column_blocks * kGradColumns<T>;
+        const std::int64_t column = unit % column_blocks * block;
         const std::int64_t row = unit / column_blocks % row_blocks * kGradRows;
         const std::int64_t group = unit / column_blocks / row_blocks;
         const std::int64_t rows = std::min(kGradRows, s.out_per_group() - row);
-        const std::int64_t columns = std::min(kGradColumns<T>, size - column);
+        const std::int64_t columns = std::min(block, size - column);
         const std::int64_t channel = group * s.out_per_group() + row;
         T* a = scratch + thread * kGradScratch<T>;
         T* b = a + gemm::kDepth * kGradRows;
@@ -107,7 +112,12 @@ void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_we
             const std::int64_t length = std::min(gemm::kDepth, pixels - k);
             if (length > 0) {
                 const Cursor at(taps.rows, taps.columns, k);
-                pack_signal(s.maps(), signal, at, channel, rows, length, a);
+                if (s.channels_last)
+                    pack_signal(s.maps(), signal, at, channel, rows, length,
+                                std::integral_constant<std::int64_t, 1>{}, a);
+                else
+                    pack_signal(s.maps(), signal, at, channel, rows, length,
+                                s.maps().step_channel(), a);
                 pack_image(taps, source, at, column, columns, length, b);
             }
             gemm::multiply<T, gemm::Rows::k_major>(a, b, rows, columns, length, tiles, k > 0);

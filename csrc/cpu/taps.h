@@ -119,11 +119,12 @@ struct Taps {
     template <typename Read>
     void read_row(const Read& source, const Cursor& at, std::int64_t from, std::int64_t to,
                   T* dest) const {
+        if (from == to) return;
         const std::int64_t line = columns.taps * channels;
         const std::int64_t top = rows.source(at.y), left = columns.source(at.x);
         const std::int64_t inside = columns.first_inside(left) * channels;
         const std::int64_t outside = std::max(inside, columns.last_inside(left) * channels);
-        for (std::int64_t ty = from < to ? from / line : 0; ty * line < to; ++ty) {
+        for (std::int64_t ty = from / line; ty * line < to; ++ty) {
             const std::int64_t y = top + ty * rows.tap_step;
             const bool valid = y >= 0 && y < rows.source_size;
             const std::int64_t begin = std::max<std::int64_t>(from - ty * line, 0);

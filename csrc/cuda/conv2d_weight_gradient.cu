@@ -18,6 +18,8 @@
 // The number of splits depends on the shape alone. Lanes run along pixels in NCHW and along
 // channels in NHWC (by four where they are a multiple of four): neighbours in memory either way.
 // The gate acts while the signal is loaded.
+// Static: at most 128 registers a thread in float32, 17 KiB of shared memory; FFMA are 33 % of the
+// main loop in NCHW, 25 % in NHWC and 53 % by four channels (sm_90): addresses cost most here.
 // Measured:
 #include <limits>
 

@@ -22,12 +22,11 @@
 // The last parameter of a warp-wide wrapper: lanes must call it from the same line.
 #define ZF_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-#define ZF_SHARED(type, name, count)                                              \
-    static const char name##_key = 0;                                             \
-    auto& name = *static_cast<type(*)[count]>(                                    \
+#define ZF_SHARED(type, name, count)           \
+    static const char name##_key = 0;          \
+    auto& name = *static_cast<type(*)[count]>( \
         simt::shared_array(&name##_key, #name, sizeof(type) * (count)))
-#define ZF_DYNAMIC_SHARED(type, name) \
-    type* const name = static_cast<type*>(simt::dynamic_shared())
+#define ZF_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
 
 namespace zfcuda {
 
@@ -55,7 +54,8 @@ namespace zfcuda {
 
 inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess)
-        throw std::runtime_error(std::string("zfcuda: ") + what + ": " + cudaGetErrorString(status));
+        throw std::runtime_error(std::string("zfcuda: ") + what + ": " +
+                                 cudaGetErrorString(status));
 }
 
 // Makes a device current and puts the former one back.

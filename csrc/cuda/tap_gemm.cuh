@@ -25,6 +25,10 @@
 // Loads of the source: lanes along pixels in NCHW, along k in NHWC, four channels at a time where
 // they are a multiple of four. The weights are packed first (a transposition of at most megabytes)
 // so that every block reads them as 16-byte packs.
+// Static: at most 128 registers a thread in float32 (two blocks an SM) on every architecture, 27
+// KiB of shared memory, 40 KiB in the narrow tile; FFMA are 51 % of the main loop in NCHW, 58 % in
+// NHWC and 64 % by four channels (128 x 64, sm_90).
+//
 // Measured:
 #pragma once
 

@@ -11,9 +11,9 @@ std::string machine() { return "emulator"; }
 }  // namespace zfcuda
 #endif
 
-extern "C" __attribute__((visibility("default"))) void zf_simt_configure(int order,
-                                                                         std::uint64_t seed,
-                                                                         int preempt, int arch) {
+extern "C"
+    __attribute__((visibility("default"))) void zf_simt_configure(int order, std::uint64_t seed,
+                                                                  int preempt, int arch) {
     simt::settings = {order, seed, preempt, arch};
 }
 

@@ -23,9 +23,9 @@ std::uintptr_t parameters_begin, parameters_end;
     const Region* nearest = nullptr;
     std::uintptr_t least = ~std::uintptr_t(0);
     for (const Region& region : regions) {
-        const std::uintptr_t distance =
-            address < region.begin ? region.begin - address
-                                   : std::max(address + bytes, region.end) - region.end;
+        const std::uintptr_t distance = address < region.begin
+                                            ? region.begin - address
+                                            : std::max(address + bytes, region.end) - region.end;
         if (distance < least) least = distance, nearest = &region;
     }
     if (!nearest || least > 1 << 20)
@@ -65,8 +65,10 @@ void check_global(std::uintptr_t address, unsigned bytes, Access access, const v
 
 // For the tests: registers [address, address + bytes) for the launches to come. What is writable
 // holds nothing yet.
-extern "C" __attribute__((visibility("default"))) void zf_simt_register(
-    std::uintptr_t address, std::size_t bytes, int writable, const char* name) {
+extern "C" __attribute__((visibility("default"))) void zf_simt_register(std::uintptr_t address,
+                                                                        std::size_t bytes,
+                                                                        int writable,
+                                                                        const char* name) {
     Region region{address, address + bytes, !writable, name, {}};
     if (kChecked && writable && bytes > 0) region.shadow.map(region.begin, region.end);
     regions.push_back(std::move(region));

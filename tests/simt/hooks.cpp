@@ -35,8 +35,8 @@ inline void hook(const void* pointer, std::size_t bytes, Access access, const vo
 
 using simt::Access;
 
-#define ZF_SIMT_HOOK(name, bytes, access)                              \
-    extern "C" void __tsan_##name(void* address) {                     \
+#define ZF_SIMT_HOOK(name, bytes, access)                                \
+    extern "C" void __tsan_##name(void* address) {                       \
         simt::hook(address, bytes, access, __builtin_return_address(0)); \
     }
 #define ZF_SIMT_HOOKS(bytes)                                 \

@@ -96,7 +96,8 @@ void run(int index) {
     now.in_kernel = true;
     resume(thread.fiber);
     now.in_kernel = false;
-    if (thread.fiber.overflowed(index)) launch.error = "stack overflow: over 64 KiB of local memory";
+    if (thread.fiber.overflowed(index))
+        launch.error = "stack overflow: over 64 KiB of local memory";
 }
 
 void advance_epoch() {
@@ -115,10 +116,9 @@ void report_deadlock() {
         if (repeats) continue;
         ++listed;
         waits += text("\n  thread %d on: ", i) +
-                 (thread.status == Status::exited
-                      ? "exited"
-                      : text("waits in %s at %s:%d", thread.function, thread.site.file,
-                             thread.site.line));
+                 (thread.status == Status::exited ? "exited"
+                                                  : text("waits in %s at %s:%d", thread.function,
+                                                         thread.site.file, thread.site.line));
     }
     launch.error = "deadlock: no thread of the block can go on" + waits;
 }
@@ -187,10 +187,10 @@ Votes barrier(const char* function, int predicate, Site site) {
     Launch& launch = *launch_now;
     Thread& thread = self();
     if (launch.live < launch.threads)
-        fail("barrier after exit", text("%s at %s:%d while %d threads of the block have exited",
-                                        function, site.file, site.line,
-                                        launch.threads - launch.live)
-                                       .c_str());
+        fail("barrier after exit",
+             text("%s at %s:%d while %d threads of the block have exited", function, site.file,
+                  site.line, launch.threads - launch.live)
+                 .c_str());
     for (const Thread& other : launch.thread)
         if (other.status == Status::at_barrier) {
             if (!(other.site == site) || std::strcmp(other.function, function) != 0)
@@ -235,10 +235,9 @@ void meet(unsigned mask, const char* function, Site site, void* mine,
     if (lanes < 32) mask &= (1u << lanes) - 1;  // as the hardware: lanes that never were
     for (int i = 0; i < lanes; ++i)
         if (mask >> i & 1 && launch.thread[warp * 32 + i].status == Status::exited)
-            fail("warp operation after exit",
-                 text("%s at %s:%d names lane %d, which has exited", function, site.file,
-                      site.line, i)
-                     .c_str());
+            fail("warp operation after exit", text("%s at %s:%d names lane %d, which has exited",
+                                                   function, site.file, site.line, i)
+                                                  .c_str());
     auto& meetings = launch.meetings[warp];
     auto meeting = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) {
         return m.mask == mask && m.site == site && std::strcmp(m.function, function) == 0;
@@ -308,8 +307,7 @@ void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
     }
     launch_now = nullptr;
     if (!launch.error.empty())
-        throw std::runtime_error("emulator: " + launch.error + "\n  kernel " +
-                                 function_at(kernel));
+        throw std::runtime_error("emulator: " + launch.error + "\n  kernel " + function_at(kernel));
 }
 
 }  // namespace simt

@@ -4,11 +4,11 @@
 // A word keeps one write and one read. An access that is ordered after the one kept replaces it
 // (whatever is ordered after the new one is ordered after the old one); one that is not is merged:
 // the stamp keeps its moment and is flagged as that of many threads of a warp, block or grid.
-#include "runtime.h"
-
 #include <sys/mman.h>
 
 #include <new>
+
+#include "runtime.h"
 
 namespace simt {
 
@@ -27,7 +27,7 @@ inline bool ordered(const Stamp& stamp) {
     if (space == Space::shared) {
         if (stamp.run != now.stamp.run) return true;  // another block's memory
     } else {
-        if (stamp.run < now.first_run) return true;  // an earlier launch
+        if (stamp.run < now.first_run) return true;                             // an earlier launch
         if (stamp.run != now.stamp.run || stamp.key & kManyGrid) return false;  // another block
     }
     if (stamp.epoch() < now.stamp.epoch()) return true;
@@ -38,9 +38,7 @@ inline bool ordered(const Stamp& stamp) {
     return stamp.warp_epoch() < now.warp->synced[stamp.thread() % 32][now.stamp.thread() % 32];
 }
 
-inline Stamp stamp_now(const void* pc) {
-    return {now.stamp.run, code_offset(pc), now.stamp.key};
-}
+inline Stamp stamp_now(const void* pc) { return {now.stamp.run, code_offset(pc), now.stamp.key}; }
 
 template <Space space>
 inline void merge(Stamp& stamp, const Stamp& fresh) {
@@ -66,8 +64,7 @@ inline void merge(Stamp& stamp, const Stamp& fresh) {
 }
 
 template <Space space>
-inline void check_cell(Cell& cell, std::uintptr_t address, Access access,
-                       const void* pc) {
+inline void check_cell(Cell& cell, std::uintptr_t address, Access access, const void* pc) {
     if (cell.write.key & kPending && (space == Space::global || cell.write.run == now.stamp.run))
         fail_at(pc, "access to a pending asynchronous copy",
                 "%#zx is the target of a copy issued by %s at %s that is not yet waited for",
@@ -122,8 +119,8 @@ void Shadow::unmap() {
 }
 
 template <Space space>
-void check_history(Shadow& shadow, std::uintptr_t address, unsigned bytes,
-                   Access access, const void* pc) {
+void check_history(Shadow& shadow, std::uintptr_t address, unsigned bytes, Access access,
+                   const void* pc) {
     std::size_t offset = address - shadow.base;
     const std::size_t end = offset + bytes;
     while (offset < end) {
@@ -141,10 +138,8 @@ void check_history(Shadow& shadow, std::uintptr_t address, unsigned bytes,
         if (whole && access == Access::write) word = singles[0];  // one history again
     }
 }
-template void check_history<Space::shared>(Shadow&, std::uintptr_t, unsigned, Access,
-                                           const void*);
-template void check_history<Space::global>(Shadow&, std::uintptr_t, unsigned, Access,
-                                           const void*);
+template void check_history<Space::shared>(Shadow&, std::uintptr_t, unsigned, Access, const void*);
+template void check_history<Space::global>(Shadow&, std::uintptr_t, unsigned, Access, const void*);
 
 void mark_pending(Shadow& shadow, std::uintptr_t address, unsigned bytes, bool pending,
                   const void* pc) {

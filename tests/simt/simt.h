@@ -3,17 +3,17 @@
 // tells the whole story; runtime.h is the inside.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <tuple>
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <vector_functions.h>
-#include <vector_types.h>
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
@@ -219,8 +219,7 @@ T atomicExch(T* address, T value) {
 }
 template <typename T>
 T atomicCAS(T* address, T compare, T value) {
-    return simt::atomic(
-        address, [=](T old) { return old == compare ? value : old; }, "atomicCAS");
+    return simt::atomic(address, [=](T old) { return old == compare ? value : old; }, "atomicCAS");
 }
 
 // ---- intrinsics

@@ -146,9 +146,7 @@ def test_product(kernels, kind, rows, depth):
         factor[:, :depth] = b.T
     c = torch.empty(rows, 8, device=kernels.device)
     pitch = columns * padded.element_size()
-    kernels(
-        "product", 0, number, rows, depth, pitch, padded.to(kernels.device), factor.to(kernels.device), Out(c)
-    )
+    kernels("product", 0, number, rows, depth, pitch, padded.to(kernels.device), factor.to(kernels.device), Out(c))
     assert torch.equal(c.cpu(), a @ b)
 
 

@@ -8,10 +8,17 @@ constexpr std::size_t kKiB = 1024, kDefaultShared = 48 * kKiB;
 
 std::size_t shared_limit(int arch) {
     switch (arch) {
-        case 75: return 64 * kKiB;
-        case 80: case 87: return 163 * kKiB;
-        case 90: case 100: case 103: return 227 * kKiB;
-        default: return 99 * kKiB;  // 86, 89, 120
+        case 75:
+            return 64 * kKiB;
+        case 80:
+        case 87:
+            return 163 * kKiB;
+        case 90:
+        case 100:
+        case 103:
+            return 227 * kKiB;
+        default:
+            return 99 * kKiB;  // 86, 89, 120
     }
 }
 
@@ -38,12 +45,12 @@ void validate_launch(const void* kernel, dim3 grid, dim3 block, std::size_t dyna
 // `launch` of port.cuh raises the attribute if, and only if, dynamic memory alone needs it.
 void validate_shared(std::size_t static_bytes, std::size_t dynamic_bytes) {
     const std::size_t total = static_bytes + dynamic_bytes;
-    const char* problem =
-        static_bytes > kDefaultShared            ? "more than 48 KiB of it static"
-        : total > shared_limit(settings.arch)    ? "more than the architecture has"
-        : total > kDefaultShared && dynamic_bytes <= kDefaultShared
-            ? "more than 48 KiB without the attribute, which launch() raises for dynamic memory alone"
-            : nullptr;
+    const char* problem = static_bytes > kDefaultShared         ? "more than 48 KiB of it static"
+                          : total > shared_limit(settings.arch) ? "more than the architecture has"
+                          : total > kDefaultShared && dynamic_bytes <= kDefaultShared
+                              ? "more than 48 KiB without the attribute, which launch() raises for "
+                                "dynamic memory alone"
+                              : nullptr;
     if (problem)
         fail("shared memory", text("%zu bytes static, %zu dynamic on sm_%d: %s", static_bytes,
                                    dynamic_bytes, settings.arch, problem)

@@ -78,7 +78,7 @@ class Demo:
         net = self._train()
         scores = self._stage("accuracy", "Held-out accuracy", lambda step: accuracy(net, *self.held_out))
         layers = self._layers(net)
-        figures.save_filters(self.output / FILTERS, net.conv1.weight.detach())
+        figures.save_filters(self.output / FILTERS, net.get_parameter("conv1.weight").detach())
         return {
             "photographs": [photograph.name for photograph in self.photographs],
             "classes": self.classes,
@@ -88,7 +88,7 @@ class Demo:
             "accuracy": scores,
             "baseline": colours["accuracy"],
             "filters": FILTERS,
-            "kernel": net.conv1.weight.shape[-1],
+            "kernel": net.get_parameter("conv1.weight").shape[-1],
             "size": recipe.size,
             "layers": layers,
             "overlap": strongest.OVERLAP,

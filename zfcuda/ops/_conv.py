@@ -145,8 +145,9 @@ def conv2d_weight_gradient(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients by weight, with the weight's strides, and by bias (empty unless ``with_bias``)."""
-    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    grad_bias = weight.new_zeros(signal.size(1) if with_bias else 0)
+    allocate = torch.empty if signal.numel() else torch.zeros
+    grad_weight = allocate(weight.shape, dtype=weight.dtype, device=weight.device)
+    grad_bias = allocate(signal.size(1) if with_bias else 0, dtype=weight.dtype, device=weight.device)
     if signal.numel():
         layout = memory_format(image)
         filters = Filters(stride, padding, dilation, groups)

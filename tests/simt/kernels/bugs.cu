@@ -11,7 +11,7 @@ constexpr int kTile = 8, kBugs = 20;
 // out[x, y] = in[y, x] for a square matrix of `size`: each block walks along a row of tiles.
 template <int Bug>
 __global__ void transpose_kernel(int size, const float* in, float* out) {
-    ZF_SHARED(float, tile, kTile * (kTile + 1));
+    ZF_SHARED(float, tile, kTile*(kTile + 1));
     const int x = threadIdx.x, y = threadIdx.y;
     constexpr int stride = Bug == 4 ? kTile + 2 : kTile + 1;
     for (int left = 0; left < size; left += kTile) {
@@ -30,7 +30,8 @@ __global__ void transpose_kernel(int size, const float* in, float* out) {
             __syncthreads();
         }
         if (!(Bug == 7 && x == 1 && y == 1))
-            out[(left + y) * size + (Bug == 17 ? 0 : blockIdx.x * kTile) + x] = tile[x * stride + y];
+            out[(left + y) * size + (Bug == 17 ? 0 : blockIdx.x * kTile) + x] =
+                tile[x * stride + y];
         if (Bug != 2) __syncthreads();
     }
 }

@@ -72,8 +72,8 @@ __global__ void product_kernel(int rows, int depth, int pitch, const char* a, co
         const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
         load_matrices<false>(fragment_a, stage + row * kChunk + lane / 16 * kPiece);
         const int place = kind == Kind::tf32 ? lane % 8 * 2 + lane / 8 % 2 : lane % 16;
-        load_matrices<kind != Kind::tf32>(fragment_b, stage + kStageA + place * kPiece +
-                                                          (Bug == 6 ? 8 : 0));
+        load_matrices<kind != Kind::tf32>(fragment_b,
+                                          stage + kStageA + place * kPiece + (Bug == 6 ? 8 : 0));
         if (Bug == 5) {
             const std::uint32_t swapped = fragment_a[1];
             fragment_a[1] = fragment_a[2];
