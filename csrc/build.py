@@ -27,8 +27,9 @@ CPU_LEVELS = {"baseline": []}
 if platform.machine() == "x86_64":
     CPU_LEVELS |= {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 
-#: Architectures of a source build on a machine without a GPU; 80 covers 86 and 89.
-DEFAULT_ARCHS = (75, 80, 90, 120)
+#: Architectures of a source build on a machine without a GPU; 80 covers 86 and 89. 100 is there because neither 90's
+#: binaries nor 120's PTX run on it.
+DEFAULT_ARCHS = (75, 80, 90, 100, 120)
 
 #: The compiler from pip, of one CUDA version: 13.0, which every driver from 580 on runs.
 NVCC_PACKAGES = (
