@@ -7,8 +7,8 @@
 // phases is a plain convolution of stride 1 that gathers: no products with inserted zeros, no
 // scattered additions, one order of the sum.
 //
-// Its first measurement, before the machine was quiet (same method as conv2d_relu.cpp, but wall
-// time): torch / ours, channels_last: conv1 0.63, conv2 0.92, conv3 0.95, conv4 0.89, conv5 0.84.
+// Measured as in conv2d_relu.cpp, against torch's data gradient, torch / ours, channels_last:
+//   conv1 0.65   conv2 0.90   conv3 0.89   (13, 89 and 103 GFLOP/s)
 // conv1 has three columns for a vector of 16 lanes: pixels as lanes would serve it better.
 #include "convolution.h"
 
