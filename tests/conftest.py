@@ -37,17 +37,18 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each backend in turn: ``def test_x(backend): t = t.to(backend.device)``.
 
     "cpu" is the module that this machine would choose; its other instruction-set levels run with ``-m slow``.
-    "simt" is the CUDA kernels on the emulator of ``tests/simt``, in the place of the CPU module.
+    "simt" is the CUDA kernels on the emulator of ``tests/simt``, in the place of the CPU module; a test that asks for
+    "simt_fast" gets it without the checks.
     """
     name, _, level = request.param.partition("_")
-    if level:
+    if name == "simt":
+        emulator: Emulator = request.getfixturevalue("fast_emulator" if level else "emulator")
+        monkeypatch.setitem(core.BACKENDS, "cpu", lambda: emulator)
+        monkeypatch.setattr(core, "_address", emulator.address)
+    elif level:
         if level != "baseline" and level > _cpu_level():
             pytest.skip(f"this machine does not run x86-64-{level}")
         monkeypatch.setitem(core.BACKENDS, "cpu", lambda: importlib.import_module(f"zfcuda.core._cpu_{level}"))
-    elif name == "simt":
-        emulator: Emulator = request.getfixturevalue("emulator")
-        monkeypatch.setitem(core.BACKENDS, "cpu", lambda: emulator)
-        monkeypatch.setattr(core, "_address", emulator.address)
     elif name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
     yield Backend(name, torch.device("cuda", 0) if name == "cuda" else torch.device("cpu"))

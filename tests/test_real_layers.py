@@ -1,0 +1,92 @@
+"""ZFNet's own layers at full size, on every backend: values and gradients against float64.
+
+The other tests take small shapes at the edges; these take the many tiles, blocks and chunks of the real ones. The
+emulator runs them without its checks.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import Sample, check_exact, check_values, normal, whole_numbers
+
+from benchmarks.layers import CONVOLUTIONS, NORMS, POOLS
+from zfcuda import ops, reference
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize(
+        "backend", ["cpu", "simt_fast", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+    ),
+]
+LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+def layers(of):
+    return pytest.mark.parametrize("layer", of, ids=lambda layer: layer.name)
+
+
+def conv2d_relu(input, weight, bias, stride, padding):
+    return F.conv2d(input, weight, bias, stride, padding).relu()
+
+
+def deconv2d(signal, weight, **options):
+    return F.conv_transpose2d(signal.relu(), weight, **options)
+
+
+@layers(CONVOLUTIONS)
+def test_convolution(backend, layer):
+    """On whole numbers: rounded sums near 0 would pass or block the gradient by chance."""
+    image = whole_numbers(1, layer.channels, layer.size, layer.size)
+    weight = whole_numbers(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1)
+    options = {"stride": layer.stride, "padding": layer.padding}
+    sample = Sample([image, weight, whole_numbers(layer.maps, seed=2)], options)
+    check_exact(ops.conv2d_relu, conv2d_relu, sample, backend)
+
+
+@LAYOUTS
+@layers(CONVOLUTIONS)
+def test_deconvolution(backend, layer, layout):
+    signal = normal(1, layer.maps, layer.out_size, layer.out_size)
+    weight = normal(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1)
+    options = {"stride": layer.stride, "padding": layer.padding, "output_padding": layer.output_padding}
+    sample = Sample([signal, weight], options)
+    check_values(ops.deconv2d, deconv2d, deconv2d, sample, backend.device, torch.float32, layout)
+
+
+@LAYOUTS
+@layers(POOLS)
+def test_pool_and_unpool(backend, layer, layout):
+    """Up and down again: the sum over the windows that chose a position, times its value."""
+
+    def there_and_back(pool, unpool):
+        def function(image):
+            pooled, where = pool(image)
+            return unpool(pooled, where, image.shape)
+
+        return function
+
+    def scatter(pooled, indices, size):
+        return pooled.new_zeros(size).flatten(2).scatter_add(2, indices.flatten(2), pooled.flatten(2)).view(size)
+
+    ours = there_and_back(
+        lambda image: ops.max_pool2d(image, 3, 2, ceil_mode=True),
+        lambda pooled, switches, size: ops.max_unpool2d(pooled, switches, 3, 2, output_size=size),
+    )
+    torchs = there_and_back(
+        lambda image: F.max_pool2d(image, 3, 2, ceil_mode=True, return_indices=True),
+        scatter,
+    )
+    sample = Sample([normal(2, layer.channels, layer.size, layer.size)])
+    check_values(ours, torchs, torchs, sample, backend.device, torch.float32, layout)
+
+
+@LAYOUTS
+@layers(NORMS)
+def test_normalisation(backend, layer, layout):
+    sample = Sample(
+        [10 * normal(2, layer.channels, layer.size, layer.size)], {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}
+    )
+    functions = ops.local_response_norm, reference.local_response_norm, F.local_response_norm
+    check_values(*functions, sample, backend.device, torch.float32, layout)
