@@ -36,9 +36,8 @@ $(VENV)/demo: $(SOURCES) | $(VENV)/torch
 	$(BIN)/zfcuda info
 	touch $@
 
-# The tests and the linters. csrc/build.py fetches nvcc where there is none: the tests run it, too.
+# The tests and the linters.
 $(VENV)/dev: $(SOURCES) | $(VENV)/torch
-	$(BIN)/python csrc/build.py
 	$(BIN)/pip install -e '.[dev]' --log $(VENV)/build.log
 	$(BIN)/zfcuda info
 	touch $@ $(VENV)/demo

@@ -1,8 +1,8 @@
 """What the benchmarks share: devices, and zfcuda and torch timed alternately in one run.
 
-Run with ``pytest benchmarks -n 0 -o python_files='bench_*.py' -o python_functions='bench_*'`` (pytest-benchmark);
-``ZFCUDA_BENCH_BATCH`` sets the batch (8). The recorded times are zfcuda's, called as users call it: outputs are allocated, as torch's are; ``extra_info`` holds the
-rivals.
+Run with ``make bench`` or ``pytest -n 0 benchmarks`` (pytest-benchmark); ``ZFCUDA_BENCH_BATCH`` sets the batch (8).
+The recorded times are zfcuda's, called as users call it: outputs are allocated, as torch's are; ``extra_info`` holds
+the rivals.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ NVCC_PACKAGES = (
     "nvidia-cuda-cccl==13.0.*",
 )
 
-#: Where `python csrc/build.py` puts NVCC_PACKAGES for the tests: beside torch they might replace its CUDA runtime.
+#: Where the tests have NVCC_PACKAGES put: beside torch they might replace its CUDA runtime.
 NVCC_FOLDER = CSRC.parent / "build/cuda"
 
 
@@ -209,8 +209,8 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
     subprocess.run([sys.executable, "-m", "ninja", "-C", work], check=True)
 
 
-if __name__ == "__main__":
+def fetch_nvcc() -> None:
+    """Put nvcc where the tests find it, unless there is one; where pip fails, its message says why."""
     if packages := missing_nvcc_packages():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--no-deps", "--target", NVCC_FOLDER, *packages], check=True
-        )
+        print("zfcuda: fetching nvcc, with which the tests compile every kernel", flush=True)
+        subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", NVCC_FOLDER, *packages])

@@ -61,8 +61,8 @@ void deconv2d(const ConvShape& shape, Dtype dtype, Gate gate, Address signal, Ad
 std::int64_t conv2d_weight_gradient_workspace(const ConvShape& shape, Dtype dtype,
                                               const Exec& exec);
 void conv2d_weight_gradient(const ConvShape& shape, Dtype dtype, Gate gate, Address image,
-                            Address signal, Address forward, Address grad_weight,
-                            Address grad_bias, Address workspace, const Exec& exec);
+                            Address signal, Address forward, Address grad_weight, Address grad_bias,
+                            Address workspace, const Exec& exec);
 
 // Maximum of each window and its switch: the first maximum in row-major order; the last NaN where
 // there is one; a window without a positive or finite value still has a switch.
@@ -90,8 +90,8 @@ void local_response_norm(const NormShape& shape, Dtype dtype, double alpha, doub
                          Address input, Address output, const Exec& exec);
 // The gradient with respect to the input; recomputes the denominators.
 void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double alpha, double beta,
-                                  double k, Address input, Address grad_output,
-                                  Address grad_input, const Exec& exec);
+                                  double k, Address input, Address grad_output, Address grad_input,
+                                  const Exec& exec);
 
 // What this module was compiled for: "x86-64-v4", or "sm_75 sm_80 sm_90 sm_120 compute_120".
 std::string target();

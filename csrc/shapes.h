@@ -48,12 +48,8 @@ struct ConvShape {
     std::int64_t groups;
     std::int64_t channels_last;  // 0 or 1; image and maps share it
 
-    ZF_HD Layout image() const {
-        return {in_channels, in_height, in_width, channels_last != 0};
-    }
-    ZF_HD Layout maps() const {
-        return {out_channels, out_height, out_width, channels_last != 0};
-    }
+    ZF_HD Layout image() const { return {in_channels, in_height, in_width, channels_last != 0}; }
+    ZF_HD Layout maps() const { return {out_channels, out_height, out_width, channels_last != 0}; }
     ZF_HD std::int64_t in_per_group() const { return in_channels / groups; }
     ZF_HD std::int64_t out_per_group() const { return out_channels / groups; }
     ZF_HD std::int64_t taps() const { return kernel_h * kernel_w; }

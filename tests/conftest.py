@@ -92,7 +92,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.simt_coverage is not None and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    build.fetch_nvcc()
+    if config.option.simt_coverage is not None:
         build.forget_coverage()
 
 

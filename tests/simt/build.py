@@ -31,6 +31,9 @@ FAST = ["-DZF_SIMT_FAST"]
 COVERAGE = [*FAST, "-DZF_SIMT_COVERAGE", "--coverage", "-O1", "-fno-inline"]
 
 
+fetch_nvcc = build.fetch_nvcc
+
+
 @cache
 def _cuda_headers() -> Path:
     toolkit = build.find_toolkit()

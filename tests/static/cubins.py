@@ -85,7 +85,7 @@ def compile_all() -> list[Kernel]:
     """
     toolkit = build.find_toolkit()
     if toolkit is None:
-        raise RuntimeError("there is no nvcc: install a CUDA toolkit, or run python csrc/build.py")
+        raise RuntimeError("there is no nvcc: install a CUDA toolkit, or connect to pip's index")
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     FOLDER.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(FOLDER / "lock"):

@@ -12,7 +12,7 @@ from cubins import ARCHS, ROOT, Kernel, build, compile_all, table
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
     if build.find_toolkit() is None and not os.environ.get("CI"):
-        pytest.skip("there is no nvcc: install a CUDA toolkit, or run python csrc/build.py")
+        pytest.skip("there is no nvcc: install a CUDA toolkit, or connect to pip's index")
     found = compile_all()
     print("\n" + table(found))
     return found

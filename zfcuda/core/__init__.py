@@ -55,8 +55,7 @@ BACKENDS = {"cpu": cpu, "cuda": cuda}
 def _backend(device: torch.device) -> ModuleType:
     if device.type not in BACKENDS:
         raise RuntimeError(
-            f"zfcuda runs on {' and '.join(BACKENDS)} tensors, not on {device.type}; "
-            "move the tensor to one of them"
+            f"zfcuda runs on {' and '.join(BACKENDS)} tensors, not on {device.type}; move the tensor to one of them"
         )
     return BACKENDS[device.type]()
 
