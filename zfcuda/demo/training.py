@@ -38,7 +38,7 @@ class Recipe:
     first_rate: float = 2.0  # of layer 1, times the rate
     momentum: float = 0.9
     decay: float = 5e-4
-    first_decay: float = 6e-3  # of layer 1: wears off the noise it starts with; edges and colours outgrow it
+    first_decay: float = 3e-3  # of layer 1: wears off the noise it starts with; edges and colours outgrow it
     warm_up: int = 50  # steps
     norm: float = 5.0  # of the gradient, at most
     filter_rms: float = 0.1  # of each filter of layer 1, at most (section 3 of the paper)
