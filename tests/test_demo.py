@@ -257,7 +257,7 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     first = CliRunner().invoke(main, ["demo", "--output", str(output)], catch_exceptions=False)
     assert first.exit_code == 0
     right, colours, chance = map(float, re.search(r"([\d.]+) % right.*?([\d.]+) %.*?([\d.]+) %", first.output).groups())
-    assert colours < 25 and right > 1.25 * colours and right > 15 * chance
+    assert chance < colours < 25 < right  # no classifier of colour statistics exceeds 25 %
     again = CliRunner().invoke(main, ["demo", "--output", str(output)], catch_exceptions=False)
     assert again.exit_code == 0
     assert "Training: taken from the earlier run" in again.output and f"{right} % right" in again.output
