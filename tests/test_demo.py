@@ -17,6 +17,7 @@ import zfcuda
 from zfcuda.cli import main
 from zfcuda.demo import Recipe, Sizes, data, run, strongest
 from zfcuda.demo.baseline import colour_statistics
+from zfcuda.demo.first_layer import typical_patches
 from zfcuda.demo.folder import Stages, write
 from zfcuda.demo.training import Training, augment, narrow_zfnet, renormalise, train
 
@@ -88,6 +89,21 @@ def test_renormalised_filters_keep_their_direction_and_small_ones_their_size():
     renormalise(filters, 0.1)
     torch.testing.assert_close(filters.square().mean((1, 2, 3)).sqrt(), torch.tensor([0.1, 0.05, 0.0]))
     assert (filters >= 0).all()
+
+
+def test_layer_1_starts_at_what_the_crops_consist_of():
+    """Crops of grey stripes, upright or (turned) level, give grey filters of stripes, upright or level."""
+    draw = np.random.default_rng(0)
+    x = np.arange(32)
+    waves = [np.sin(2 * np.pi * (x / draw.uniform(5, 9) + draw.uniform())) for _ in range(40)]
+    stripes = torch.tensor(np.array(waves))[:, None, None].expand(-1, 3, 32, -1)
+    filters = typical_patches((stripes * 100 + 128).round().byte(), 8, 7, seed=0)
+    torch.testing.assert_close(filters.square().mean((1, 2, 3)), torch.ones(8))
+    torch.testing.assert_close(filters, filters.mean(1, keepdim=True).expand_as(filters), atol=0.05, rtol=0)
+    along, across = (filters.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3))
+    level = along > across
+    assert 0 < level.sum() < 8
+    assert (torch.minimum(along, across) < 0.05 * torch.maximum(along, across)).all()
 
 
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def info(as_json: bool) -> None:
     help="Folder for the page, the figures and the checkpoint.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of windows, weights and dropout.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps; the default takes under two minutes.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps; the default takes about two minutes.")
 def demo(output: Path, seed: int, steps: int | None) -> None:
     """Train a narrow ZFNet on photographs and show what each of its maps sees (Fig. 2).
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from zfcuda.demo.data import TURNS, normalise, turn
+from zfcuda.demo.first_layer import typical_patches
 from zfcuda.demo.folder import Stages
 from zfcuda.models import ZFNet, zfnet
 
@@ -26,19 +27,17 @@ class Recipe:
     """What the trained network depends on, besides the photographs."""
 
     seed: int = 0
-    steps: int = 1100
+    steps: int = 1700
     size: int = 96
     widths: tuple[int, ...] = (32, 64, 96, 96, 64)
     fc_width: int = 256
     dropout: float = 0.0
     crops: int = 8  # a step, each in its four turns
-    first_std: float = 0.06  # of the weights of layer 1 at the start, before they are smoothed
+    first_rms: float = 0.05  # of each filter of layer 1 at the start
     gain: float = 1.7  # of layers 2 and 3 at the start: what the normalisation before them takes away
     rate: float = 0.02
-    first_rate: float = 2.0  # of layer 1, times the rate
     momentum: float = 0.9
-    decay: float = 5e-4
-    first_decay: float = 3e-3  # of layer 1: wears off the noise it starts with; edges and colours outgrow it
+    decay: float = 3e-3  # wears off the noise that layers 2 and up start with, which projections would show
     warm_up: int = 50  # steps
     norm: float = 5.0  # of the gradient, at most
     filter_rms: float = 0.1  # of each filter of layer 1, at most (section 3 of the paper)
@@ -56,18 +55,23 @@ class Training:
         self.step = 0
         self.loss = math.nan  # running mean
         self.net = narrow_zfnet(recipe, classes)
-        first = [self.net.get_parameter("conv1.weight")]
-        weights = [p for name, p in self.net.named_parameters() if name.endswith("weight") and p is not first[0]]
+        weights = [p for name, p in self.net.named_parameters() if name.endswith("weight")]
         biases = [p for name, p in self.net.named_parameters() if name.endswith("bias")]
         self.optimizer = torch.optim.SGD(
             [
-                {"params": first, "weight_decay": recipe.first_decay, "times": recipe.first_rate},
-                {"params": weights, "weight_decay": recipe.decay, "times": 1.0},
-                {"params": biases, "weight_decay": 0.0, "times": 1.0},
+                {"params": weights, "weight_decay": recipe.decay},
+                {"params": biases, "weight_decay": 0.0},
             ],
             lr=recipe.rate,
             momentum=recipe.momentum,
         )
+
+    @torch.no_grad()
+    def start_at(self, pixels: torch.Tensor) -> None:
+        """Set layer 1 to typical patches of the crops `pixels` (uint8)."""
+        filters = self.net.get_parameter("conv1.weight")
+        filters.copy_(typical_patches(pixels, len(filters), filters.shape[-1], self.recipe.seed))
+        filters.mul_(self.recipe.first_rms)
 
     def advance(self, pixels: torch.Tensor, photos: torch.Tensor) -> None:
         """One step on crops drawn from `pixels` (uint8)."""
@@ -78,7 +82,7 @@ class Training:
         crops = augment(normalise(pixels[chosen]), draw)
         labels = torch.cat([photos[chosen] * TURNS + t for t in range(TURNS)])
         for group in self.optimizer.param_groups:
-            group["lr"] = group["times"] * recipe.rate_at(self.step)
+            group["lr"] = recipe.rate_at(self.step)
         self.net.train()
         loss = F.cross_entropy(self.net(turn(crops)), labels)
         self.optimizer.zero_grad()
@@ -118,27 +122,11 @@ def narrow_zfnet(recipe: Recipe, classes: int) -> ZFNet:
     )
     weights = {name.removesuffix(".weight"): p for name, p in net.named_parameters() if name.endswith("weight")}
     with torch.no_grad():
-        weights["conv1"].copy_(first_filters(weights["conv1"].shape, recipe.first_std))
         for layer in ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7"):
             torch.nn.init.kaiming_normal_(weights[layer], nonlinearity="relu")
         for layer in ("conv2", "conv3"):
             weights[layer].mul_(recipe.gain)
     return net
-
-
-def first_filters(shape: torch.Size, std: float) -> torch.Tensor:
-    """Smoothed noise, two filters of three nearly grey: layer 1 does not start as coloured pixel noise.
-
-    Photographs have little fine grain, so training hardly changes it; only weight decay wears it off, and slowly.
-    """
-    noise = std * torch.randn(shape)
-    line = torch.tensor([1.0, 2.0, 1.0]) / 4
-    kernel = (line[:, None] * line)[None, None]
-    smooth = F.conv2d(noise.flatten(0, 1)[:, None], kernel, padding=1).view_as(noise)
-    grey = smooth.mean(1, keepdim=True)
-    colour = torch.full((shape[0], 1, 1, 1), 0.1)
-    colour[::3] = 1.0
-    return math.sqrt(3) * grey + colour * (smooth - grey)
 
 
 def augment(crops: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -184,6 +172,8 @@ def train(
     if (state := stages.load("training", settings)) is not None:
         training.restore(state)
         resumed(training.step)
+    else:
+        training.start_at(pixels)
     report(training)
     while training.step < recipe.steps:
         training.advance(pixels, photos)
