@@ -20,7 +20,7 @@
 // The gate acts while the signal is loaded.
 // Static: at most 128 registers a thread in float32, 17 KiB of shared memory; FFMA are 33 % of the
 // main loop in NCHW, 25 % in NHWC and 53 % by four channels (sm_90): addresses cost most here.
-// Measured:
+// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <limits>
 
 #include "gate.cuh"

@@ -11,7 +11,7 @@
 // A pixel looks at the ceil(extent / stride)² windows that cover it, which its neighbours share
 // through L1; nothing is cleared first, nothing is added atomically, and every order is fixed.
 // Least bytes: pooled + one byte a switch + unpooled.
-// Measured:
+// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include "places.cuh"
 
 namespace zfcuda {
