@@ -51,6 +51,13 @@ def sample_inputs():
         gated("deconvnet", [normal(1, 2, 1, 1), normal(2, 3, 5, 6, seed=1), None]),
         gated("none", [normal(1, 1, 3, 3), normal(1, 1, 2, 2, seed=1), None], stride=3, output_padding=(0, 2)),
         gated("deconvnet", [normal(1, 2, 3, 3), normal(2, 2, 2, 2, seed=1), None], dilation=3, output_padding=2),
+        gated(  # 74 rows of the image: two bands of csrc/cpu/scatter.h
+            "deconvnet",
+            [normal(1, 4, 36, 3), normal(4, 3, 5, 3, seed=1), normal(3, seed=2)],
+            stride=(2, 1),
+            padding=(1, 0),
+            output_padding=(1, 0),
+        ),
         gated("backprop", [normal(0, 4, 5, 4), normal(4, 3, 3, 3, seed=1), normal(3, seed=2)], stride=2),
     ]
 

@@ -101,6 +101,25 @@ void store_tiles(const Pass<T>& pass, const Epilogue<T>& epilogue, const T* tile
     });
 }
 
+// tiles = rows of taps from `position` on x columns [first, first + columns) of one group's packed
+// weight, with room for the packed rows at `a`.
+template <typename T, typename Read>
+void multiply_block(const Taps<T>& taps, const Read& source, std::int64_t position,
+                    std::int64_t rows, const T* packed, std::int64_t padded, std::int64_t columns,
+                    T* a, T* tiles, std::int64_t first = 0) {
+    const std::int64_t depth = taps.size();
+    std::int64_t k = 0;
+    do {
+        const std::int64_t length = std::min(gemm::kDepth, depth - k);
+        Cursor at(taps.rows, taps.columns, position);
+        for (std::int64_t r = 0; r < rows; ++r, at.next())
+            taps.read_row(source, at, k, k + length, a + r * gemm::kRowStride);
+        const T* b = packed + k * padded + first * length;
+        gemm::multiply<T, gemm::Rows::row_major>(a, b, rows, columns, length, tiles, k > 0);
+        k += length;
+    } while (k < depth);
+}
+
 // Runs a pass; `packed` has room for pass.packed_weight(), `scratch` for pass_scratch() a thread.
 template <typename T, typename Read>
 void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilogue, T* packed,
@@ -121,16 +140,8 @@ void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilog
             T* tiles = a + kPassRows * gemm::kRowStride;
             Taps<T> taps = pass.taps;
             taps.first_channel += group * taps.channels;
-            std::int64_t k = 0;
-            do {
-                const std::int64_t length = std::min(gemm::kDepth, depth - k);
-                Cursor at(taps.rows, taps.columns, position);
-                for (std::int64_t r = 0; r < rows; ++r, at.next())
-                    taps.read_row(source, at, k, k + length, a + r * gemm::kRowStride);
-                const T* b = packed + (group * depth + k) * padded + column * length;
-                gemm::multiply<T, gemm::Rows::row_major>(a, b, rows, columns, length, tiles, k > 0);
-                k += length;
-            } while (k < depth);
+            multiply_block(taps, source, position, rows, packed + group * depth * padded, padded,
+                           columns, a, tiles, column);
             store_tiles(pass, epilogue, tiles, position, rows, group * pass.columns + column,
                         columns);
         });
