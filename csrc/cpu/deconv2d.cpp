@@ -11,8 +11,8 @@
 //
 // Measured in one run, one pinned thread of an AVX-512 server, batch 8, medians of 10 interleaved
 // calls, torch's conv_transpose2d / ours, both channels_last (then both contiguous):
-//   conv1 3.21 (3.72)   conv2 0.89 (0.81)   conv3 0.89 (0.87)   conv4 0.84 (0.85)   conv5 0.91 (0.84)
-// Tried and lost: conv1 by phases as well, with three columns for a vector of 16 lanes: 0.79 (0.55).
+//   conv1 3.21 (3.72)  conv2 0.89 (0.81)  conv3 0.89 (0.87)  conv4 0.84 (0.85)  conv5 0.91 (0.84)
+// Tried and lost: conv1 by phases as well, three columns for a vector of 16 lanes: 0.79 (0.55).
 #include "scatter.h"
 
 namespace zfcuda {
