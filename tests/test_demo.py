@@ -61,7 +61,7 @@ def test_the_turns_of_a_window_have_the_same_colours(photographs):
     features = colour_statistics(turned).reshape(data.TURNS, len(windows), -1)
     for turn in features[1:]:
         np.testing.assert_allclose(turn, features[0], rtol=1e-6)
-    labels = data.labels(windows).view(data.TURNS, -1)
+    labels = data.labels(torch.tensor([window.photo for window in windows])).view(data.TURNS, -1)
     assert all(len(set(column)) == data.TURNS for column in labels.T.tolist())
     assert (labels // data.TURNS == torch.tensor([window.photo for window in windows])).all()
 

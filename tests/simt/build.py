@@ -24,12 +24,10 @@ import build  # noqa: E402  (csrc/build.py)
 #: The kernels; target.cu speaks to the CUDA runtime, control.cpp stands in its place.
 KERNELS = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/target.cu"})
 
-
 #: How the kernels (and only they) are compiled: with the hooks, without, and counting what runs.
 CHECKED = ["-O2", "-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0"]
 FAST = ["-DZF_SIMT_FAST"]
 COVERAGE = [*FAST, "-DZF_SIMT_COVERAGE", "--coverage", "-O1", "-fno-inline"]
-
 
 fetch_nvcc = build.fetch_nvcc
 

@@ -73,7 +73,8 @@ def load_photographs() -> list[Photograph]:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(
-                f"the demo reads photographs from {package}, which is not installed: pip install 'zfcuda[demo]'"
+                f"the demo reads photographs from {package}, which is not installed: "
+                "pip install scikit-image scikit-learn"
             )
         for name in names:
             path = Path(spec.origin).parent / folder / name
@@ -141,7 +142,6 @@ def turn(crops: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.rot90(crops, t, (2, 3)) for t in range(TURNS)])
 
 
-def labels(windows: list[Window]) -> torch.Tensor:
-    """The label, photograph * 4 + turn, of each crop that `turn` gives."""
-    photo = torch.tensor([window.photo for window in windows])
-    return torch.cat([photo * TURNS + t for t in range(TURNS)])
+def labels(photos: torch.Tensor) -> torch.Tensor:
+    """The label, photograph * 4 + turn, of each crop that `turn` gives, from the photograph of each crop."""
+    return torch.cat([photos * TURNS + t for t in range(TURNS)])

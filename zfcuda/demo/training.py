@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zfcuda.demo.data import TURNS, normalise, turn
+from zfcuda.demo.data import TURNS, labels, normalise, turn
 from zfcuda.demo.first_layer import typical_patches
 from zfcuda.demo.folder import Stages
 from zfcuda.models import ZFNet, zfnet
@@ -80,11 +80,10 @@ class Training:
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)  # dropout
         chosen = torch.randint(len(pixels), (recipe.crops,), generator=draw)
         crops = augment(normalise(pixels[chosen]), draw)
-        labels = torch.cat([photos[chosen] * TURNS + t for t in range(TURNS)])
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate_at(self.step)
         self.net.train()
-        loss = F.cross_entropy(self.net(turn(crops)), labels)
+        loss = F.cross_entropy(self.net(turn(crops)), labels(photos[chosen]))
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.norm)
