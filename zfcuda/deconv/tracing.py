@@ -144,6 +144,21 @@ def _is_layer(module: torch.nn.Module) -> bool:
 # ------------------------------------------------------------------ recording
 
 
+def _augmented(function: Any) -> Any:
+    def record(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return record
+
+
+#: fx records ``y += x`` as ``y = y + x``, and loses that whoever else holds y sees the sum; this one keeps it.
+_Proxy = type(
+    "_Proxy",
+    (fx.Proxy,),
+    {f"__{f.__name__}__": _augmented(f) for f in (operator.iadd, operator.isub, operator.imul, operator.itruediv)},
+)
+
+
 class _Tracer(fx.Tracer):
     """Keeps where each call stands: for a module how often it was called before, else the module around it."""
 
@@ -154,6 +169,9 @@ class _Tracer(fx.Tracer):
         self.failed: tuple[str, str] | None = None
         self._path = ""
         self._uses: Counter[str] = Counter()
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return _is_layer(m) or super().is_leaf_module(m, module_qualified_name)
@@ -222,8 +240,7 @@ def _is_inplace(node: fx.Node, root: torch.nn.Module) -> bool:
     function = _function(node)
     return (
         (function.endswith("_") and not function.endswith("__"))
-        or (function.startswith("i") and hasattr(operator, f"__{function}__") and node.target is not operator.index)
-        or function == "setitem"
+        or node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
         or bool(node.kwargs.get("inplace"))
         or (function == "relu" and node.args[1:] == (True,))
         or "out" in node.kwargs
@@ -301,8 +318,7 @@ class _Lowering:
     def _map(self, call: fx.Node, value: Any) -> int:
         """The node of a call's argument."""
         if not isinstance(value, fx.Node) or value not in self.of:
-            given = f"the second argument {value}" if getattr(value, "op", "") == "placeholder" else f"{value}"
-            self._refuse(call, f"its input is {given}, which is not a map of the one image that the model takes")
+            self._refuse(call, f"its input {_given(value)} is not a map")
         index = self.of[value]
         if index in self._stale:
             self._refuse(
@@ -428,6 +444,8 @@ class _Lowering:
 
     def _arithmetic(self, call: fx.Node, operation: str) -> None:
         values = list(call.args)
+        if not any(isinstance(v, fx.Node) and v in self.of for v in call.all_input_nodes):
+            return  # of sizes
         if len(values) != 2 or call.kwargs:
             self._refuse(call, "only its two operands are known, and no other arguments")
         maps = [isinstance(v, fx.Node) and v in self.of for v in values]
@@ -444,8 +462,7 @@ class _Lowering:
                 self._refuse(call, "division by a map has no rule on the way down")
             node = Node(self._name(call), "affine", (below,), Arithmetic(operation, operand, self.root))
         new = self._new(call, node)
-        function = _function(call)
-        if function.startswith("i") or function.endswith("_"):
+        if _is_inplace(call, self.root):
             if not maps[0]:
                 self._refuse(call, "it changes a constant in place")
             self._in_place(node.name, node.inputs[0], new)
@@ -455,7 +472,7 @@ class _Lowering:
         if isinstance(value, (int, float)):
             return value
         if not isinstance(value, fx.Node) or value.op != "get_attr":
-            self._refuse(call, f"its operand {value} is neither a map nor a constant")
+            self._refuse(call, f"its operand {_given(value)} is neither a map nor a constant")
         tensor = _attribute(self.root, str(value.target))
         after = 0 if flat else 2
         shape = tuple(tensor.shape)
@@ -520,6 +537,11 @@ class _Lowering:
         if not isinstance(value, fx.Node):
             self._refuse(call, f"it is a {type(value).__name__}; the model must return one tensor")
         self.result = self._map(call, value)
+
+
+def _given(value: Any) -> str:
+    second = isinstance(value, fx.Node) and value.op == "placeholder"
+    return f"{value} (the model must take images, and nothing else)" if second else str(value)
 
 
 def _reason(name: str, module: torch.nn.Module | None = None) -> str:
