@@ -438,7 +438,9 @@ def test_names_are_those_of_modules_and_of_the_functions_in_them():
         "conv1", "maxpool", "layer1.0.conv1", "layer1.0.conv2", "layer1.0.add", "layer1.0.relu_1", "layer1.1.conv1"
     ]  # fmt: skip
     nodes = {node.name: node for node in trace(network("googlenet")[0]).nodes}
-    assert nodes["inception3a.branch2.0.conv"].aliases == ("inception3a.branch2.0.bn", "inception3a.branch2.0.relu")
+    path = "inception3a.branch2.0"
+    assert nodes[f"{path}.conv"].aliases == (f"{path}.bn", f"{path}.relu", path)
+    assert nodes["inception3a.cat"].aliases == ("inception3a",)
     nodes = {node.name: node for node in trace(net(reused)).nodes}
     assert list(nodes) == ["conv1", "conv2", "pool", "conv2_1"]
     assert [node.aliases for node in nodes.values()] == [("relu",), ("relu_1",), (), ("relu_2",)]
@@ -447,8 +449,9 @@ def test_names_are_those_of_modules_and_of_the_functions_in_them():
 def test_a_module_under_two_names_has_both():
     conv, relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()
     block = nn.Sequential(conv, relu)
-    names = [node.name for node in trace(nn.Sequential(block, nn.MaxPool2d(2), block, conv)).nodes]
-    assert names == ["0.0", "1", "2.0", "3"]
+    nodes = trace(nn.Sequential(block, nn.MaxPool2d(2), block, conv)).nodes
+    assert [node.name for node in nodes] == ["0.0", "1", "2.0", "3"]
+    assert [node.aliases for node in nodes] == [("0.1", "0"), (), ("2.1", "2"), ()]
 
 
 def test_joined_only_where_nothing_else_sees_the_map():

@@ -7,6 +7,7 @@ belong together are joined. Whatever is not known is refused by name, with the r
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -115,7 +116,7 @@ ARITHMETIC = {
 }
 
 
-def lower(model: torch.nn.Module) -> list[Node]:
+def lower(model: torch.nn.Module, joined: bool) -> list[Node]:
     """The nodes of ``model`` in the order in which they run; the last one is its output."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
@@ -125,9 +126,14 @@ def lower(model: torch.nn.Module) -> list[Node]:
     with _evaluation(model):
         recorded = _record(tracer, root)
     lowering = _Lowering(root, tracer)
-    for node in _live(recorded, root):
-        lowering.add(node)
-    nodes = _joined(*_needed(lowering.nodes, lowering.result))
+    live = _live(recorded, root)
+    for call in recorded.nodes:
+        if call in live:
+            lowering.add(call)
+        lowering.name_results(call)
+    nodes, uses = _needed(lowering.nodes, lowering.result)
+    if joined:
+        nodes = _joined(nodes, uses)
     if not nodes:
         raise TypeError(f"model is a {type(model).__name__} without layers; there is nothing to project")
     return nodes
@@ -160,12 +166,16 @@ _Proxy = type(
 
 
 class _Tracer(fx.Tracer):
-    """Keeps where each call stands: for a module how often it was called before, else the module around it."""
+    """Keeps where each call stands: for a module how often it was called before, else the module around it.
+
+    ``results``: what modules that hold others returned, by the call that was the last one then.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.around: dict[fx.Node, str] = {}
         self.use: dict[fx.Node, int] = {}
+        self.results: dict[fx.Node, list[tuple[str, fx.Node]]] = {}
         self.failed: tuple[str, str] | None = None
         self._path = ""
         self._uses: Counter[str] = Counter()
@@ -179,7 +189,11 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         outer, self._path = self._path, self.path_of_module(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if isinstance(result, fx.Proxy) and not self.is_leaf_module(m, self._path):
+                last = next(iter(reversed(self.graph.nodes)))
+                self.results.setdefault(last, []).append((self._path, result.node))
+            return result
         except Exception:
             self.failed = self.failed or (self._path, type(m).__name__)
             raise
@@ -225,13 +239,13 @@ def _record(tracer: _Tracer, root: torch.nn.Module) -> fx.Graph:
         )
 
 
-def _live(graph: fx.Graph, root: torch.nn.Module) -> list[fx.Node]:
-    """The calls that matter to the output, in order."""
+def _live(graph: fx.Graph, root: torch.nn.Module) -> set[fx.Node]:
+    """The calls that matter to the output."""
     live: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op in ("placeholder", "output") or _is_inplace(node, root) or live.intersection(node.users):
             live.add(node)
-    return [node for node in graph.nodes if node in live]
+    return live
 
 
 def _is_inplace(node: fx.Node, root: torch.nn.Module) -> bool:
@@ -270,6 +284,7 @@ class _Lowering:
         self._registered: dict[Any, list[str]] = {}
         for name, module in root.named_modules(remove_duplicate=False):
             self._registered.setdefault(module, []).append(name)
+        self._returned: Counter[str] = Counter()
         self._taken = {name for names in self._registered.values() for name in names}
 
     def add(self, call: fx.Node) -> None:
@@ -285,26 +300,33 @@ class _Lowering:
         elif call.op in ("call_function", "call_method"):
             self._call(call)
 
+    def name_results(self, call: fx.Node) -> None:
+        """A module that holds others names what it returns."""
+        for path, result in self.tracer.results.get(call, ()):
+            if result in self.of:
+                self._alias(self.of[result], self._nth_name(self.root.get_submodule(path), self._returned[path]))
+                self._returned[path] += 1
+
     # Names
 
     def _name(self, call: fx.Node) -> str:
         if call.op == "call_module":
-            names = self._registered[self.root.get_submodule(str(call.target))]
-            use = self.tracer.use[call]
-            if use < len(names):
-                return names[use]
-            base = names[0]
-        else:
-            around, function = self.tracer.around[call], ARITHMETIC.get(_function(call), _function(call)).strip("_")
-            base = f"{around}.{function}" if around else function
-            if base not in self._taken:
-                self._taken.add(base)
-                return base
-        number = 1
-        while f"{base}_{number}" in self._taken:
-            number += 1
-        self._taken.add(f"{base}_{number}")
-        return f"{base}_{number}"
+            return self._nth_name(self.root.get_submodule(str(call.target)), self.tracer.use[call])
+        around, function = self.tracer.around[call], ARITHMETIC.get(_function(call), _function(call)).strip("_")
+        name = f"{around}.{function}" if around else function
+        return self._free(name) if name in self._taken else self._take(name)
+
+    def _nth_name(self, module: torch.nn.Module, use: int) -> str:
+        """Of a module's use: the names that it is registered under, then numbered ones."""
+        names = self._registered[module]
+        return names[use] if use < len(names) else self._free(names[0])
+
+    def _free(self, name: str) -> str:
+        return self._take(next(f"{name}_{n}" for n in itertools.count(1) if f"{name}_{n}" not in self._taken))
+
+    def _take(self, name: str) -> str:
+        self._taken.add(name)
+        return name
 
     def _refuse(self, call: fx.Node, reason: str) -> NoReturn:
         what = type(self.root.get_submodule(str(call.target))).__name__ if call.op == "call_module" else _function(call)
