@@ -412,6 +412,17 @@ def viewed(self, x):
     )
 
 
+def copies(self, x):
+    y = self.conv1(x)
+    z, copied = y.contiguous(), y.clone()
+    F.relu_(copied)
+    return y + copied + self.conv2(z)
+
+
+def unchanged_size(self, x):
+    return F.adaptive_avg_pool2d(self.conv1(x), (None, None)) + F.adaptive_max_pool2d(self.conv1(x), (None, 12))
+
+
 def dead_code(self, x):
     y = F.relu(self.conv1(x))
     F.softmax(self.conv2(y), 1)
@@ -424,7 +435,7 @@ def dead_code(self, x):
         used_before_its_relu, used_before_its_relu_in_place, changed_in_place, sum_in_place, twice_the_same, reused,
         normalisation_alone, normalisation_of_a_shared_map, normalisation_after_relu, contrast, branches, adaptive,
         adaptive_maximum, preprocessed, chosen_channels, flattened, viewed,
-        dead_code,
+        copies, unchanged_size, dead_code,
     ],
 )  # fmt: skip
 def test_what_forwards_do(forward):
@@ -703,6 +714,20 @@ def last_rows(self, x):
     return self.conv1(x)[:, :, 1:]
 
 
+def more_dimensions(self, x):
+    return self.conv1(x)[:, 0:2].unsqueeze(1)
+
+
+def unused_result_in_place(self, x):
+    y = self.conv1(x)
+    F.leaky_relu(y, 0.1, True)
+    return y
+
+
+def concatenated_into(self, x):
+    return torch.cat([x, x], 1, out=x)
+
+
 @pytest.mark.parametrize(
     "forward, words",
     [
@@ -727,6 +752,9 @@ def last_rows(self, x):
         (wrong_constant, r"add.*conv1\.weight.*\(6, 3, 3, 3\)"),
         (one_over, "division by a map"),
         (flat_and_not, "cat.*flattened"),
+        (more_dimensions, "unsqueeze.*dimensions"),
+        (unused_result_in_place, "leaky_relu.*ReLU only"),
+        (concatenated_into, "cat.*out"),
         (last_rows, r"getitem.*x\[:, a:b\]"),
     ],
 )
@@ -756,6 +784,31 @@ def test_an_adaptive_maximum_needs_windows_of_one_size():
     deconvnet = zfcuda.DeconvNet(net(adaptive_maximum))
     with pytest.raises(RuntimeError, match=r"adaptive_max_pool2d.*\(11, 12\).*\(4, 3\).*divide"):
         deconvnet(images()[:, :, 1:])
+
+
+def test_constants_for_other_channels_do_not_broadcast():
+    def forward(self, x):
+        return self.conv1(x[:, :1] - self.mean)
+
+    with pytest.raises(RuntimeError, match="sub has constants for 3 channels, and its input has 1"):
+        zfcuda.DeconvNet(net(forward))(images())
+
+
+def test_weights_that_a_hook_computes_are_refused():
+    with pytest.warns(FutureWarning):
+        conv = nn.utils.weight_norm(nn.Conv2d(3, 3, 1))
+    with pytest.raises(TypeError, match=r"0 \(Conv2d\).*hook.*parametrizations"):
+        zfcuda.DeconvNet(nn.Sequential(conv))
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
+    assert zfcuda.DeconvNet(nn.Sequential(conv)).layers[0].kind == "conv"
+
+
+def test_hooks_do_not_run():
+    model, seen = net(branches), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, x, y: seen.append(y))
+    zfcuda.DeconvNet(nn.Sequential(model))(images())
+    assert not seen
 
 
 def test_maps_of_different_sizes_do_not_broadcast():
