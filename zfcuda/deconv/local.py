@@ -7,6 +7,7 @@ grown so much that a step's result would leave the cache, the batch goes on in p
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -54,13 +55,16 @@ class Local:
     """
 
     def __init__(self, path: Path, channels: int, gate: str, expected: int, like: Tensor) -> None:
-        self.path, self.channels, self.gate = path, channels, gate
-        self.steps = []
+        self.path, self.channels = path, channels
+        self.steps: list[_Step] = []
+        kept = 0
         for stage in path.stages:
-            step = _Step(stage, channels, gate, expected, like)
-            channels = step.channels
-            self.steps.append(step)
+            kept += prod(stage.signal.size) * channels if stage.pool else 0
+            self.steps.append(_Step(stage, channels, gate, expected, like))
+            channels = self.steps[-1].channels
         self.image_channels = channels
+        #: Of one activation: its switches and its pixels.
+        self.bytes = kept + prod(path.pixels.size) * channels * like.element_size()
 
     def __call__(self, units: Tensor, starts: Tensor, positions: Tensor, kept: Kept) -> Crops:
         """Project activations, each given by its unit (n,), value to start from (n,) and position (n, 2)."""
@@ -97,7 +101,7 @@ class _Step:
         self.channels = channels
         if node is None or node.kind == "conv":
             self._pack(channels, expected, like)
-        self.values = stage.image.size[0] * stage.image.size[1] * self.channels
+        self.values = prod(stage.image.size) * self.channels
 
     def _pack(self, channels: int, expected: int, like: Tensor) -> None:
         node, pool = self.stage.node, self.stage.pool

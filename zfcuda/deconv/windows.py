@@ -6,7 +6,7 @@ zero, so a projection needs no more than the switches inside them (and, for two 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,11 +72,15 @@ class Kept:
     switches: Mapping[str, Tensor] = field(default_factory=dict)
     positive: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def __getitem__(self, rows: slice) -> Kept:
-        return Kept(
-            {name: kept[rows] for name, kept in self.switches.items()},
-            {name: kept[rows] for name, kept in self.positive.items()},
-        )
+    def __getitem__(self, rows: slice | tuple[Tensor, ...]) -> Kept:
+        return self._each(lambda kept: kept[rows])
+
+    def to(self, device: torch.device) -> Kept:
+        """The same on a device."""
+        return self._each(lambda kept: kept.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Kept:
+        return Kept(*({name: change(kept) for name, kept in part.items()} for part in (self.switches, self.positive)))
 
 
 class Path:
