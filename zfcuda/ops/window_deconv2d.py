@@ -17,6 +17,7 @@ from zfcuda.ops._common import (
     check_shape,
     check_tensor,
     integer,
+    not_differentiable,
     option,
     pair,
     tensor,
@@ -89,14 +90,18 @@ def window_deconv2d(
     Notes
     -----
     Overlapping pooling windows are summed. Switches of 255, and any that lie outside their window, put nothing
-    back. Not differentiable.
+    back. Not differentiable: a backward pass through the result raises.
     """
     tensor("switches", switches, optional=True)
     if (pool is None) != (switches is None):
         missing = "pool" if pool is None else "switches"
         raise RuntimeError(f"{missing} is None; give pool and switches together, or neither")
-    names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
-    undone = [0] * 6 if pool is None else [n for name, v in zip(names, pool, strict=True) for n in pair(name, v)]
+    undone = [0] * 6
+    if pool is not None:
+        if not isinstance(pool, (tuple, list)) or len(pool) != 3:
+            raise TypeError(f"pool is {pool!r}; it must be (kernel_size, stride, dilation)")
+        names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
+        undone = [n for name, value in zip(names, pool, strict=True) for n in pair(name, value)]
     return _windows(
         tensor("signal", signal),
         tensor("weight", weight),
@@ -220,3 +225,8 @@ def _(
 ) -> Tensor:
     sizes = _check(signal, weight, origins, map_size, stride, dilation, groups, gate, positive, switches, pool)
     return signal.new_empty(len(signal), *sizes.image, weight.size(1) * groups)
+
+
+not_differentiable(
+    _windows, "window_deconv2d", "deconv2d and max_unpool2d take the same step for whole maps, differentiably"
+)
