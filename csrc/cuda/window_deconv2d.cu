@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads)
     const std::int64_t* const origin = origins + row / s.in_height * 2;
     const std::int64_t y = origin[0] + row % s.in_height;
     const auto clamp = [&](std::int64_t x) { return x < 0 ? 0 : x < s.in_width ? x : s.in_width; };
-    const bool outside = y < 0 || y >= s.image_height;
-    const std::int64_t first = outside ? s.in_width : clamp(-origin[1]);
-    const std::int64_t last = clamp(s.image_width - origin[1]);
+    const bool inside = y >= 0 && y < s.image_height;
+    const std::int64_t first = inside ? clamp(-origin[1]) : s.in_width;
+    const std::int64_t last = inside ? clamp(s.image_width - origin[1]) : s.in_width;
     T* const to = image + row * s.in_width * s.in_channels;
     const int lane = threadIdx.x % 32;
     for (std::int64_t i = lane; i < first * s.in_channels; i += 32) to[i] = T(0);
