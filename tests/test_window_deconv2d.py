@@ -163,6 +163,13 @@ def test_many_channels(backend, dtype):
         check_values(ops.window_deconv2d, reference.window_deconv2d, torchs, sample, backend.device, dtype)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "simt_fast", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_more_maps_than_are_held_at_a_time(backend):
+    """Their maps are 39 MB; the CUDA form writes 32 MiB of them at a time."""
+    sample = step((1, 1), (64, 2, 1, 1), (17, 17), 300, pool=((15, 17), 1, 1), gate="guided")
+    check_values(ops.window_deconv2d, reference.window_deconv2d, torchs, sample, backend.device, torch.float64)
+
+
 @NATIVE
 @SAMPLES
 def test_registration(backend, sample):
