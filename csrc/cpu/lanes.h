@@ -47,6 +47,21 @@ struct Lanes {
         copy(to, &bytes, lanes);
     }
 
+    // sum, plus the values whose byte is `wanted` (in the first `lanes` lanes).
+    static Value add_where(const Value& sum, const T* values, const std::uint8_t* bytes, Int wanted,
+                           std::int64_t lanes) {
+#if defined(__AVX512BW__)
+        if constexpr (sizeof(T) == 4)
+            if (lanes == count) {
+                const __m128i from = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+                const __mmask16 hit = _mm_cmpeq_epi8_mask(from, _mm_set1_epi8(char(wanted)));
+                return (Value)_mm512_mask_add_ps((__m512)sum, hit, (__m512)sum,
+                                                 _mm512_loadu_ps(values));
+            }
+#endif
+        return load_bytes(bytes, lanes) == wanted ? sum + load(values, lanes) : sum;
+    }
+
     // Writes the lanes that are not zero, in order, and the same lanes of `index`; returns how
     // many. A whole vector may be written.
     static int compress(const Value& value, const Integer& index, T* values,

@@ -51,6 +51,7 @@ template <typename T>
 struct Own {  // of one thread
     Lists<T> lists;
     std::int32_t* sizes;
+    std::uint8_t* empty;
     T* scratch;
 
     Own(const Plan<T>& plan, Cutter& cutter)
@@ -61,6 +62,7 @@ struct Own {  // of one thread
                 0,
                 0},
           sizes(cutter.take<std::int32_t>(plan.panels.channels + 2)),
+          empty(cutter.take<std::uint8_t>(plan.s.pooled_height * plan.s.pooled_width)),
           scratch(cutter.take<T>(plan.scratch())) {}
 };
 
@@ -113,13 +115,13 @@ void run_unit(const Plan<T>& plan, const MapReader<T>& maps, const T* packed,
     std::fill_n(target, windows * plan.window, T(0));
     for (std::int64_t group = 0; group < s.groups; ++group)
         for (std::int64_t block = 0; block < p.blocks; ++block) {
+            const std::int64_t base = group * s.out_per_group();
             const std::int64_t from = block * p.channels;
             const std::int64_t to = std::min(from + p.channels, s.out_per_group());
-            const std::int64_t base = group * s.out_per_group();
             own.lists.used = own.lists.count = 0;
             for (std::int64_t w = 0; w < windows; ++w)
-                maps.read(first + w, base + from, base + to, p.row_step(), w * plan.window,
-                          own.lists);
+                maps.read(first + w, {base + from, base + to, p.row_step()}, w * plan.window,
+                          own.lists, own.empty);
             sort_by_length(own.lists, to - from, own.sizes);
             add_block(s, p, own.lists, packed, group, block, target);
         }

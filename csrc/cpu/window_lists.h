@@ -24,7 +24,9 @@ struct Covering {
 // windows of a single position.
 struct PoolAxis {
     std::int64_t windows, kernel, stride, dilation;
-    std::int64_t common = std::gcd(stride, dilation);
+    // Between windows that have a position, and between its taps in them.
+    std::int64_t step = dilation / std::gcd(stride, dilation);
+    std::int64_t tap_step = stride / std::gcd(stride, dilation);
 
     // Window w has position `at` as tap (at - w * stride) / dilation.
     Covering covering(std::int64_t at) const {
@@ -38,8 +40,6 @@ struct PoolAxis {
         }
         return found;
     }
-    std::int64_t step() const { return dilation / common; }
-    std::int64_t tap_step() const { return stride / common; }
 };
 
 // One position's list.
@@ -55,6 +55,11 @@ struct Lists {
     std::int32_t* rows;
     Item *items, *sorted;
     std::int64_t used, count;
+};
+
+// Channels [first, last) of the maps; channel first + i meets the panel's row at i * row_step.
+struct Block {
+    std::int64_t first, last, row_step;
 };
 
 template <typename T>
@@ -85,65 +90,114 @@ class MapReader {
         return (s.pooled() ? std::min(maps, pooled) : maps) * channels;
     }
 
-    // Appends the lists of channels [first, last) of a window, whose image begins at `target`; the
-    // value of channel c is to meet the panel's row at (c - first) * row_step.
-    void read(std::int64_t window, std::int64_t first, std::int64_t last, std::int64_t row_step,
-              std::int64_t target, Lists<T>& lists) const {
-        typename V::Integer lane;
-        for (int i = 0; i < V::count; ++i) lane[i] = i * row_step;
-        for (std::int64_t y = 0; y < s.out_height; ++y)
-            for (std::int64_t x = 0; x < s.out_width; ++x) {
-                Gathered at(*this, window, y, x);
-                const std::int64_t start = lists.used;
-                for (std::int64_t c = first; c < last; c += V::count) {
-                    const std::int64_t lanes = std::min<std::int64_t>(V::count, last - c);
-                    const auto value = gated(at, c, lanes);
-                    lists.used += V::compress(
-                        value, lane + static_cast<typename V::Int>((c - first) * row_step),
-                        lists.values + lists.used, lists.rows + lists.used);
-                }
-                const std::int64_t pixel = y * s.stride_h * s.in_width + x * s.stride_w;
-                if (lists.used > start)
-                    lists.items[lists.count++] = {target + pixel * s.in_channels, start,
-                                                  lists.used - start};
-            }
+    // Appends the lists of a block of a window whose image begins at `target`. `empty` has room for
+    // a byte for each pooled position.
+    void read(std::int64_t window, const Block& block, std::int64_t target, Lists<T>& lists,
+              std::uint8_t* empty) const {
+        find_empty(window, block, empty);
+        if (masked)
+            relu ? read_as<true, true>(window, block, target, lists, empty)
+                 : read_as<false, true>(window, block, target, lists, empty);
+        else
+            relu ? read_as<true, false>(window, block, target, lists, empty)
+                 : read_as<false, false>(window, block, target, lists, empty);
     }
 
   private:
-    // The pooled values that may belong at one position.
-    struct Gathered {
-        std::int64_t index[256], tap[256], count = 0, position;
-
-        Gathered(const MapReader& r, std::int64_t window, std::int64_t y, std::int64_t x)
-            : position((window * r.s.out_height + y) * r.s.out_width + x) {
-            const Covering down = r.rows_at[y], across = r.columns_at[x];
-            for (std::int64_t i = 0; i < down.count; ++i)
-                for (std::int64_t j = 0; j < across.count; ++j, ++count) {
-                    const std::int64_t row = down.first + i * r.rows.step();
-                    const std::int64_t column = across.first + j * r.columns.step();
-                    index[count] = ((window * r.rows.windows + row) * r.columns.windows + column) *
-                                   r.s.out_channels;
-                    tap[count] = (down.tap - i * r.rows.tap_step()) * r.columns.kernel +
-                                 across.tap - j * r.columns.tap_step();
-                }
+    // Marks the pooled positions that lie outside the map, or are not used for another reason.
+    void find_empty(std::int64_t window, const Block& block, std::uint8_t* empty) const {
+        const std::int64_t positions = rows.windows * columns.windows;
+        for (std::int64_t i = 0; switches && i < positions; ++i) {
+            const std::uint8_t* at = switches + (window * positions + i) * s.out_channels;
+            std::uint8_t all = 255;
+            for (std::int64_t c = block.first; c < block.last; ++c) all &= at[c];
+            empty[i] = all == 255;
         }
+    }
+
+    template <bool relu, bool masked>
+    void read_as(std::int64_t window, const Block& block, std::int64_t target, Lists<T>& lists,
+                 const std::uint8_t* empty) const {
+        std::int64_t position = window * s.out_height * s.out_width;
+        for (std::int64_t y = 0; y < s.out_height; ++y)
+            for (std::int64_t x = 0; x < s.out_width; ++x, ++position) {
+                Sources from;
+                find_sources(window, y, x, empty, from);
+                const std::int64_t start = lists.used;
+                const auto append = [&](auto count) {
+                    lists.used += compress<relu, masked>(from, count, position, block,
+                                                         lists.values + start, lists.rows + start);
+                };
+                using std::integral_constant;
+                if (!switches)
+                    append(integral_constant<int, kNoPool>{});
+                else if (from.count == 1)
+                    append(integral_constant<int, 1>{});
+                else if (from.count == 2)
+                    append(integral_constant<int, 2>{});
+                else if (from.count == 4)
+                    append(integral_constant<int, 4>{});
+                else if (from.count)
+                    append(from.count);
+                if (lists.used == start) continue;
+                const std::int64_t pixel = y * s.stride_h * s.in_width + x * s.stride_w;
+                lists.items[lists.count++] = {target + pixel * s.in_channels, start,
+                                              lists.used - start};
+            }
+    }
+
+    // The pooling windows that may belong at one position: where their values and switches of
+    // channel 0 are, and which switch points here.
+    struct Sources {
+        const T* values[256];
+        const std::uint8_t* switches[256];
+        typename V::Int tap[256];
+        int count = 0;
     };
 
-    typename V::Value gated(const Gathered& at, std::int64_t c, std::int64_t lanes) const {
-        typename V::Value value{};
-        for (std::int64_t i = 0; i < at.count; ++i) {
-            const typename V::Value pooled = V::load(signal + at.index[i] + c, lanes);
-            if (!switches) {
-                value = pooled;
-                continue;
+    void find_sources(std::int64_t window, std::int64_t y, std::int64_t x,
+                      const std::uint8_t* empty, Sources& from) const {
+        const Covering down = rows_at[y], across = columns_at[x];
+        for (std::int64_t i = 0; i < down.count; ++i)
+            for (std::int64_t j = 0; j < across.count; ++j) {
+                const std::int64_t at = (down.first + i * rows.step) * columns.windows +
+                                        across.first + j * columns.step;
+                if (switches && empty[at]) continue;
+                const std::int64_t index =
+                    (window * rows.windows * columns.windows + at) * s.out_channels;
+                from.values[from.count] = signal + index;
+                from.switches[from.count] = switches + index;
+                from.tap[from.count++] = (down.tap - i * rows.tap_step) * columns.kernel +
+                                         across.tap - j * columns.tap_step;
             }
-            const typename V::Integer hit = V::load_bytes(switches + at.index[i] + c, lanes) ==
-                                            static_cast<typename V::Int>(at.tap[i]);
-            value = hit ? value + pooled : value;
-        }
-        if (relu) value = value <= 0 ? typename V::Value{} : value;
-        if (masked) value = is_positive(at.position, c, lanes) ? value : typename V::Value{};
-        return value;
+    }
+
+    // Writes the list of one position; returns its length.
+    template <bool relu, bool masked, typename Count>
+    std::int64_t compress(const Sources& from, Count count, std::int64_t position, Block block,
+                          T* values, std::int32_t* places) const {
+        const typename V::Value zero{};
+        std::int64_t used = 0;
+        typename V::Integer place;
+        for (int i = 0; i < V::count; ++i) place[i] = i * block.row_step;
+        const auto step = static_cast<typename V::Int>(V::count * block.row_step);
+        const auto append = [&](std::int64_t c, std::int64_t lanes) {
+            typename V::Value value{};
+            if constexpr (std::is_same_v<Count, std::integral_constant<int, kNoPool>>)
+                value = V::load(from.values[0] + c, lanes);
+            else
+                for (int i = 0; i < count; ++i)
+                    value = V::add_where(value, from.values[i] + c, from.switches[i] + c,
+                                         from.tap[i], lanes);
+            if (relu) value = value <= 0 ? zero : value;
+            if (masked) value = is_positive(position, c, lanes) ? value : zero;
+            used += V::compress(value, place, values + used, places + used);
+            place += step;
+        };
+        std::int64_t c = block.first;
+        for (; c + V::count <= block.last; c += V::count) append(c, V::count);
+        if (c < block.last) append(c, block.last - c);
+        return used;
     }
 
     // Lanes whose bit in `positive` is set.
@@ -155,6 +209,8 @@ class MapReader {
             bit[i] = i < lanes ? bytes[(c + i) / 8] >> (c + i) % 8 & 1 : 0;
         return bit != 0;
     }
+
+    static constexpr int kNoPool = -1;
 
     const WindowShape& s;
     bool relu, masked;

@@ -20,6 +20,7 @@
 namespace zfcuda {
 
 constexpr std::int64_t kPanelBytes = 24 * 1024;
+constexpr std::int64_t kLine = 64;
 constexpr int kPanelVectors = 6, kPanelRuns = 2;
 
 // Columns come in half vectors where these exist: the 21 columns of a kernel row of conv1 are one
@@ -67,19 +68,25 @@ template <typename T>
 void pack_panels(const WindowShape& s, const Panels<T>& p, const T* weight, T* packed,
                  const Exec& exec) {
     const std::int64_t columns = p.units * kUnit<T>;
+    const std::int64_t taps = s.taps(), channels = s.in_per_group();
     const std::int64_t side = p.merged ? s.kernel_w : 1;  // kernel positions of a run
     parallel_for(s.out_channels, exec, [&](std::int64_t o) {
-        const T* filter = weight + o * s.in_per_group() * s.taps();
+        const T* filter = weight + o * channels * taps;
         const std::int64_t group = o / s.out_per_group(), own = o % s.out_per_group();
-        for (std::int64_t run = 0; run < p.runs; ++run)
-            for (std::int64_t tap = 0; tap < side; ++tap)
-                for (std::int64_t c = 0; c < s.in_per_group(); ++c) {
-                    const std::int64_t j = tap * s.in_per_group() + c;
-                    T* panel =
-                        packed + p.panel(group, own / p.channels, run / p.panel_runs, j / columns);
-                    panel[own % p.channels * p.row_step() + run % p.panel_runs * columns +
-                          j % columns] = filter[c * s.taps() + run * side + tap];
+        for (std::int64_t run = 0; run < p.runs; ++run) {
+            T* row = packed + p.panel(group, own / p.channels, run / p.panel_runs, 0) +
+                     own % p.channels * p.row_step() + run % p.panel_runs * columns;
+            std::int64_t j = 0;
+            for (std::int64_t tap = run * side; tap < (run + 1) * side; ++tap)
+                for (std::int64_t c = 0; c < channels;) {
+                    const std::int64_t count = std::min(channels - c, columns - j);
+                    for (std::int64_t i = 0; i < count; ++i)
+                        row[j + i] = filter[(c + i) * taps + tap];
+                    c += count;
+                    j = (j + count) % columns;
+                    if (j == 0) row += p.panel_size();
                 }
+        }
     });
 }
 
@@ -101,15 +108,19 @@ struct Wide {
 
 // All lists with one panel of `runs` runs of `full` vectors and `half` half vectors.
 template <typename T, int runs, int full, int half>
-void visit(const Lists<T>& lists, const T* panel, const Target<T>& target) {
+void visit(const Lists<T>& lists, const T* panel, std::int64_t size, const Target<T>& target) {
     using Full = Wide<T, kVectorBytes>;
     using Half = Wide<T, half ? kVectorBytes / 2 : kVectorBytes>;
     constexpr int lanes = kVectorBytes / sizeof(T), columns = full * lanes + half * lanes / 2;
     constexpr int last = half ? lanes / 2 : lanes;
+    const std::int64_t lines = gemm::divide_up(size * sizeof(T), kLine);
+    const std::int64_t ahead = gemm::divide_up(lines, std::max<std::int64_t>(lists.count, 1));
+    const char* next = reinterpret_cast<const char*>(panel + size);
     typename Half::Value used;
     for (int i = 0; i < last; ++i) used[i] = i < target.last;
     for (std::int64_t n = 0; n < lists.count; ++n) {
         const Item& item = lists.sorted[n];
+        for (std::int64_t i = 0; i < ahead; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
         const T* values = lists.values + item.start;
         const std::int32_t* rows = lists.rows + item.start;
         typename Full::Value sum[runs][full > 0 ? full : 1] = {};
@@ -141,8 +152,8 @@ void visit(const Lists<T>& lists, const T* panel, const Target<T>& target) {
 
 template <typename T>
 void visit_panel(std::int64_t runs, std::int64_t units, const Lists<T>& lists, const T* panel,
-                 const Target<T>& target) {
-    using Visit = void (*)(const Lists<T>&, const T*, const Target<T>&);
+                 std::int64_t size, const Target<T>& target) {
+    using Visit = void (*)(const Lists<T>&, const T*, std::int64_t, const Target<T>&);
     if constexpr (kVectorBytes > 16) {
         static constexpr Visit one[] = {visit<T, 1, 0, 1>, visit<T, 1, 1, 0>, visit<T, 1, 1, 1>,
                                         visit<T, 1, 2, 0>, visit<T, 1, 2, 1>, visit<T, 1, 3, 0>,
@@ -150,12 +161,12 @@ void visit_panel(std::int64_t runs, std::int64_t units, const Lists<T>& lists, c
                                         visit<T, 1, 5, 0>, visit<T, 1, 5, 1>, visit<T, 1, 6, 0>};
         static constexpr Visit two[] = {visit<T, 2, 0, 1>, visit<T, 2, 1, 0>, visit<T, 2, 1, 1>,
                                         visit<T, 2, 2, 0>};
-        (runs == 1 ? one : two)[units - 1](lists, panel, target);
+        (runs == 1 ? one : two)[units - 1](lists, panel, size, target);
     } else {
         static constexpr Visit one[] = {visit<T, 1, 1, 0>, visit<T, 1, 2, 0>, visit<T, 1, 3, 0>,
                                         visit<T, 1, 4, 0>, visit<T, 1, 5, 0>, visit<T, 1, 6, 0>};
         static constexpr Visit two[] = {visit<T, 2, 1, 0>, visit<T, 2, 2, 0>};
-        (runs == 1 ? one : two)[units - 1](lists, panel, target);
+        (runs == 1 ? one : two)[units - 1](lists, panel, size, target);
     }
 }
 
@@ -177,6 +188,7 @@ void add_block(const WindowShape& s, const Panels<T>& p, const Lists<T>& lists, 
                                                     run % s.kernel_w * s.dilation_w * s.in_channels;
             T* corner = image + tap + group * s.in_per_group() + first;
             visit_panel(runs, units, lists, packed + p.panel(group, block, row, column),
+                        p.panel_size(),
                         {corner, s.dilation_h * line, end - (units * kUnit<T> - width)});
         }
 }
