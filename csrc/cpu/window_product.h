@@ -19,7 +19,7 @@
 
 namespace zfcuda {
 
-constexpr std::int64_t kPanelBytes = 24 * 1024;
+constexpr std::int64_t kPanelBytes = 48 * 1024;
 constexpr std::int64_t kLine = 64;
 constexpr int kPanelVectors = 6, kPanelRuns = 2;
 
