@@ -68,12 +68,10 @@ struct Own {  // of one thread
 
 template <typename T>
 struct Shared {
-    T* packed;
     Covering* table;
 
     Shared(const Plan<T>& plan, Cutter& cutter)
-        : packed(cutter.take<T>(plan.panels.packed_size(plan.s.groups))),
-          table(cutter.take<Covering>(MapReader<T>::table_size(plan.s))) {}
+        : table(cutter.take<Covering>(MapReader<T>::table_size(plan.s))) {}
 };
 
 template <template <typename> typename Part, typename T>
@@ -132,6 +130,23 @@ void run_unit(const Plan<T>& plan, const MapReader<T>& maps, const T* packed,
 
 }  // namespace
 
+std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec&) {
+    std::int64_t bytes = 0;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        bytes = kLine + sizeof(T) * Panels<T>(s).packed_size(s.groups);
+    });
+    return bytes;
+}
+
+void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Address packed,
+                          const Exec& exec) {
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        pack_panels(s, Panels<T>(s), weight.as<const T>(), aligned<T>(packed), exec);
+    });
+}
+
 std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
@@ -142,21 +157,19 @@ std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const 
 }
 
 void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signal, Address switches,
-                     Address positive, Address weight, Address origins, Address image,
+                     Address positive, Address packed, Address origins, Address image,
                      Address workspace, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Plan<T> plan(s, exec);
         Cutter cutter(workspace);
-        const Shared<T> shared(plan, cutter);
-        char* const own = workspace.as<char>() + bytes_of<Shared>(plan);
-        pack_panels(s, plan.panels, weight.as<const T>(), shared.packed, exec);
         const MapReader<T> maps(s, gate, signal.as<const T>(), switches.as<const std::uint8_t>(),
-                                positive.as<const std::uint8_t>(), shared.table);
+                                positive.as<const std::uint8_t>(), Shared(plan, cutter).table);
+        char* const own = workspace.as<char>() + bytes_of<Shared>(plan);
         parallel_for_thread(plan.units, exec, [&](std::int64_t unit, int thread) {
             Cutter mine(Address{own + thread * bytes_of<Own>(plan)});
-            run_unit(plan, maps, shared.packed, origins.as<const std::int64_t>(), unit * plan.unit,
-                     Own(plan, mine), image.as<T>());
+            run_unit(plan, maps, aligned<const T>(packed), origins.as<const std::int64_t>(),
+                     unit * plan.unit, Own(plan, mine), image.as<T>());
         });
     });
 }

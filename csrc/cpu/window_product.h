@@ -20,7 +20,6 @@
 namespace zfcuda {
 
 constexpr std::int64_t kPanelBytes = 48 * 1024;
-constexpr std::int64_t kLine = 64;
 constexpr int kPanelVectors = 6, kPanelRuns = 2;
 
 // Columns come in half vectors where these exist: the 21 columns of a kernel row of conv1 are one

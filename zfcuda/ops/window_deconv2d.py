@@ -23,7 +23,7 @@ from zfcuda.ops._common import (
 )
 from zfcuda.ops.crop_windows import check_origins
 
-__all__ = ["window_deconv2d"]
+__all__ = ["WindowDeconv2d", "window_deconv2d"]
 
 GATES = ("none", "deconvnet", "backprop", "guided")
 
@@ -91,30 +91,71 @@ def window_deconv2d(
     Overlapping pooling windows are summed. Switches of 255, and any that lie outside their window, put nothing
     back. Not differentiable.
     """
-    tensor("switches", switches, optional=True)
-    if (pool is None) != (switches is None):
-        missing = "pool" if pool is None else "switches"
-        raise RuntimeError(f"{missing} is None; give pool and switches together, or neither")
-    names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
-    undone = [0] * 6 if pool is None else [n for name, v in zip(names, pool, strict=True) for n in pair(name, v)]
-    return _windows(
-        tensor("signal", signal),
-        tensor("weight", weight),
-        tensor("origins", origins),
-        pair("map_size", map_size),
-        pair("stride", stride),
-        pair("dilation", dilation),
-        integer("groups", groups),
-        option("gate", gate, GATES),
-        tensor("positive", positive, optional=True),
-        switches,
-        undone,
-    )
+    tensor("signal", signal)
+    size = signal.shape[1:3] if signal.dim() == 4 else (1, 1)  # a wrong rank is reported by the call
+    step = WindowDeconv2d(weight, size, stride, dilation, groups, pool=pool, windows=len(signal))
+    return step(signal, origins, map_size, gate=gate, positive=positive, switches=switches)
 
 
-class _Sizes(NamedTuple):
-    maps: list[int]
-    image: list[int]
+class WindowDeconv2d:
+    """`window_deconv2d` with a weight that is packed once, for many calls.
+
+    Parameters
+    ----------
+    weight, stride, dilation, groups, pool
+        As in `window_deconv2d`.
+    size
+        Height and width of the windows of the signal.
+    windows
+        How many windows all calls together will have, about: the way to compute is chosen by it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        size: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        pool: tuple[int | Sequence[int], int | Sequence[int], int | Sequence[int]] | None = None,
+        windows: int = 1,
+    ) -> None:
+        names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
+        undone = [] if pool is None else [n for name, v in zip(names, pool, strict=True) for n in pair(name, v)]
+        self.size, self.windows = pair("size", list(size)), integer("windows", windows)
+        self.geometry = (
+            list(tensor("weight", weight).shape),
+            pair("stride", stride),
+            pair("dilation", dilation),
+            integer("groups", groups),
+            undone,
+        )
+        self.packed = _pack(weight, self.size, *self.geometry[1:], self.windows)
+
+    def __call__(
+        self,
+        signal: Tensor,
+        origins: Tensor,
+        map_size: Sequence[int],
+        *,
+        gate: str = "none",
+        positive: Tensor | None = None,
+        switches: Tensor | None = None,
+    ) -> Tensor:
+        """As `window_deconv2d`."""
+        return _windows(
+            tensor("signal", signal),
+            self.packed,
+            tensor("origins", origins),
+            pair("map_size", map_size),
+            self.size,
+            *self.geometry,
+            self.windows,
+            option("gate", gate, GATES),
+            tensor("positive", positive, optional=True),
+            tensor("switches", switches, optional=True),
+        )
 
 
 def _reach(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -122,101 +163,149 @@ def _reach(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], di
     return [(n - 1) * s + (k - 1) * d + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)]
 
 
-def _check(
-    signal: Tensor,
+class _Geometry(NamedTuple):
+    """All that a packed weight depends on."""
+
+    size: Sequence[int]
+    weight: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    pool: Sequence[int]
+    expected: int
+
+    def check(self) -> None:
+        """Raise RuntimeError for a geometry that no windows have."""
+        rows = self.weight[0]
+        check_at_least(1, size=self.size, stride=self.stride, dilation=self.dilation)
+        if self.groups < 1 or rows % self.groups:
+            raise RuntimeError(f"groups is {self.groups}; it must divide the {rows} rows of weight")
+        if self.pool:
+            check_at_least(1, pool=self.pool)
+            if self.pool[0] * self.pool[1] >= MAX_WINDOW:
+                raise RuntimeError(
+                    f"pool has kernel_size {tuple(self.pool[:2])}; it may have at most {MAX_WINDOW - 1} positions"
+                )
+
+    @property
+    def maps(self) -> list[int]:
+        """Height and width of the windows of the maps."""
+        pool = self.pool
+        return _reach(self.size, pool[:2], pool[2:4], pool[4:]) if pool else list(self.size)
+
+    @property
+    def image(self) -> list[int]:
+        """Height and width of the windows below."""
+        return _reach(self.maps, self.weight[2:], self.stride, self.dilation)
+
+    def shape(self, windows: int, map_size: Sequence[int]) -> tuple[int, ...]:
+        """WindowShape of csrc/shapes.h."""
+        below = (self.weight[1] * self.groups, *self.image)
+        convolution = (*self.weight[2:], *self.stride, *self.dilation, self.groups, *map_size)
+        undone = (*self.size, *self.pool) if self.pool else (0,) * 8
+        return (windows, self.expected, *below, self.weight[0], *self.maps, *convolution, *undone)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::window_deconv2d_pack", mutates_args=())
+def _pack(
     weight: Tensor,
-    origins: Tensor,
-    map_size: Sequence[int],
+    size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    pool: Sequence[int],
+    expected: int,
+) -> Tensor:
+    check_tensor("weight", weight)
+    geometry = _Geometry(size, weight.shape, stride, dilation, groups, pool, expected)
+    geometry.check()
+    where = geometry.shape(expected, (1, 1)), core.DTYPES[weight.dtype]
+    packed = core.room("window_deconv2d_packed", weight, *where)
+    core.run("window_deconv2d_pack", weight, *where, weight.contiguous(), packed)
+    return packed
+
+
+def _check(
+    signal: Tensor,
+    origins: Tensor,
+    map_size: Sequence[int],
+    geometry: _Geometry,
     gate: str,
     positive: Tensor | None,
     switches: Tensor | None,
-    pool: Sequence[int],
-) -> _Sizes:
+) -> None:
     check_tensor("signal", signal)
-    check_tensor("weight", weight, like=signal)
-    check_at_least(1, map_size=map_size, stride=stride, dilation=dilation)
-    if groups < 1 or signal.size(3) % groups or weight.size(0) != signal.size(3):
-        raise RuntimeError(
-            f"weight has shape {tuple(weight.shape)}; with groups={groups} its first dimension must be the "
-            f"{signal.size(3)} channels of signal, a multiple of groups"
-        )
+    check_at_least(1, map_size=map_size)
+    wanted = (len(signal), *geometry.size, geometry.weight[0])
+    check_shape("signal", signal, wanted, "the windows and channels that the weight was packed for")
     check_origins("origins", origins, (len(signal), 2), signal)
-    maps = list(signal.shape[1:3])
-    if switches is not None:
-        kernel, step, spread = pool[:2], pool[2:4], pool[4:]
-        check_at_least(1, pool=pool)
-        if kernel[0] * kernel[1] >= MAX_WINDOW:
-            raise RuntimeError(f"pool has kernel_size {tuple(kernel)}; it may have at most {MAX_WINDOW - 1} positions")
-        check_shape("switches", switches, signal.shape, "the shape of signal")
-        check_device("switches", switches, signal)
-        if switches.dtype != torch.uint8:
-            raise RuntimeError(f"switches has dtype {switches.dtype}; it must be torch.uint8")
-        maps = _reach(maps, kernel, step, spread)
+    if (switches is not None) != bool(geometry.pool):
+        missing = "switches" if switches is None else "pool"
+        raise RuntimeError(f"{missing} is None; give pool and switches together, or neither")
     if (positive is not None) != (gate in ("backprop", "guided")):
         raise RuntimeError(
             f"positive is {'None' if positive is None else 'given'} with gate={gate!r}; the gates 'backprop' and "
             "'guided' need it, the others have no use for it"
         )
+    if switches is not None:
+        _check_bytes("switches", switches, signal.shape, "the shape of signal", signal)
     if positive is not None:
-        check_shape("positive", positive, (len(signal), *maps, -(-signal.size(3) // 8)), "a bit for each value")
-        check_device("positive", positive, signal)
-        if positive.dtype != torch.uint8:
-            raise RuntimeError(f"positive has dtype {positive.dtype}; it must be torch.uint8")
-    return _Sizes(maps, _reach(maps, weight.shape[2:], stride, dilation))
+        bits = (len(signal), *geometry.maps, -(-signal.size(3) // 8))
+        _check_bytes("positive", positive, bits, "a bit for each value", signal)
+
+
+def _check_bytes(name: str, value: Tensor, shape: Sequence[int], why: str, like: Tensor) -> None:
+    if value.dtype != torch.uint8:
+        raise RuntimeError(f"{name} has dtype {value.dtype}; it must be torch.uint8")
+    check_shape(name, value, shape, why)
+    check_device(name, value, like)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::window_deconv2d", mutates_args=())
 def _windows(
     signal: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     origins: Tensor,
     map_size: Sequence[int],
+    size: Sequence[int],
+    weight_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    pool: Sequence[int],
+    expected: int,
     gate: str,
     positive: Tensor | None,
     switches: Tensor | None,
-    pool: Sequence[int],
 ) -> Tensor:
-    sizes = _check(signal, weight, origins, map_size, stride, dilation, groups, gate, positive, switches, pool)
-    count, *pooled, channels = signal.shape
-    image = signal.new_empty(count, *sizes.image, weight.size(1) * groups)
-    if not image.numel():
-        return image
-    convolution = (*weight.shape[2:], *stride, *dilation, groups, *map_size)
-    undone = (0,) * 8 if switches is None else (*pooled, *pool)
-    shape = (count, image.size(3), *sizes.image, channels, *sizes.maps, *convolution, *undone)
-    where = shape, core.DTYPES[signal.dtype]
-    scratch = core.workspace("window_deconv2d", signal, *where)
-    core.run(
-        "window_deconv2d",
-        signal,
-        *where,
-        core.GATES[gate],
-        *(None if t is None else t.contiguous() for t in (signal, switches, positive, weight, origins)),
-        image,
-        scratch,
-    )
+    geometry = _Geometry(size, weight_size, stride, dilation, groups, pool, expected)
+    _check(signal, origins, map_size, geometry, gate, positive, switches)
+    image = signal.new_empty(len(signal), *geometry.image, weight_size[1] * groups)
+    if image.numel():
+        where = geometry.shape(len(signal), map_size), core.DTYPES[signal.dtype]
+        scratch = core.workspace("window_deconv2d", signal, *where)
+        tensors = (None if t is None else t.contiguous() for t in (signal, switches, positive, packed, origins))
+        core.run("window_deconv2d", signal, *where, core.GATES[gate], *tensors, image, scratch)
     return image
 
 
 @_windows.register_fake
 def _(
     signal: Tensor,
-    weight: Tensor,
+    packed: Tensor,
     origins: Tensor,
     map_size: Sequence[int],
+    size: Sequence[int],
+    weight_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    pool: Sequence[int],
+    expected: int,
     gate: str,
     positive: Tensor | None,
     switches: Tensor | None,
-    pool: Sequence[int],
 ) -> Tensor:
-    sizes = _check(signal, weight, origins, map_size, stride, dilation, groups, gate, positive, switches, pool)
-    return signal.new_empty(len(signal), *sizes.image, weight.size(1) * groups)
+    geometry = _Geometry(size, weight_size, stride, dilation, groups, pool, expected)
+    _check(signal, origins, map_size, geometry, gate, positive, switches)
+    return signal.new_empty(len(signal), *geometry.image, weight_size[1] * groups)
