@@ -140,6 +140,11 @@ def _check(
     switches: Tensor | None,
     pool: Sequence[int],
 ) -> _Sizes:
+    if signal.dim() != 4:
+        raise RuntimeError(
+            f"signal has shape {tuple(signal.shape)}; it must be (windows, height, width, channels): "
+            "one window needs unsqueeze(0) too"
+        )
     check_tensor("signal", signal)
     check_tensor("weight", weight, like=signal)
     check_at_least(1, map_size=map_size, stride=stride, dilation=dilation)
