@@ -104,9 +104,16 @@ void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double al
 // bit_bytes()) says that the forward map is not <= 0; `origins` int64 (windows, 2): row and column
 // in the image below of the result's first position, perhaps negative; `image` (windows, in_height,
 // in_width, in_channels).
+//
+// The weight is packed once for many calls, in a form that is the backend's own: `packed` has room
+// for as many bytes as window_deconv2d_packed says, and serves every shape that differs from that
+// of window_deconv2d_pack in `windows` and the image's size alone.
+std::int64_t window_deconv2d_packed(const WindowShape& shape, Dtype dtype, const Exec& exec);
+void window_deconv2d_pack(const WindowShape& shape, Dtype dtype, Address weight, Address packed,
+                          const Exec& exec);
 std::int64_t window_deconv2d_workspace(const WindowShape& shape, Dtype dtype, const Exec& exec);
 void window_deconv2d(const WindowShape& shape, Dtype dtype, Gate gate, Address signal,
-                     Address switches, Address positive, Address weight, Address origins,
+                     Address switches, Address positive, Address packed, Address origins,
                      Address image, Address workspace, const Exec& exec);
 
 // windows[i] = image images[i] from row origins[i][0] and column origins[i][1] on; outside it each

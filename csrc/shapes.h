@@ -92,7 +92,8 @@ struct NormShape {
 // in_height = (out_height - 1) * stride_h + (kernel_h - 1) * dilation_h + 1 rows of the image
 // below, and a window of pooled_height rows of the pool unpools to out_height rows in the same way.
 struct WindowShape {
-    std::int64_t windows;
+    std::int64_t windows;   // of this call
+    std::int64_t expected;  // of all calls with one packed weight; the way to compute depends on it
     std::int64_t in_channels, in_height, in_width;     // of the result
     std::int64_t out_channels, out_height, out_width;  // of the maps
     std::int64_t kernel_h, kernel_w;

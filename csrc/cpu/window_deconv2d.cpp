@@ -61,13 +61,22 @@ void clip(const WindowShape& s, std::int64_t top, std::int64_t left, T* image) {
 
 }  // namespace
 
+std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec&) {
+    return s.out_channels * s.in_per_group() * s.taps() * (dtype == Dtype::float32 ? 4 : 8);
+}
+
+void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Address packed,
+                          const Exec& exec) {
+    std::copy_n(weight.as<const char>(), window_deconv2d_packed(s, dtype, exec), packed.as<char>());
+}
+
 std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const Exec& exec) {
     const std::int64_t maps = s.out_height * s.out_width * s.out_channels;
     return max_threads(exec) * maps * (dtype == Dtype::float32 ? 4 : 8);
 }
 
 void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signal, Address switches,
-                     Address positive, Address weight, Address origins, Address image,
+                     Address positive, Address packed, Address origins, Address image,
                      Address workspace, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
@@ -81,7 +90,7 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
             for (std::int64_t i = 0; i < s.out_height * s.out_width * s.out_channels; ++i)
                 if (maps[i] != 0)
                     add_filter(s, maps[i], i % s.out_channels, i / s.out_channels / s.out_width,
-                               i / s.out_channels % s.out_width, weight.as<const T>(), result);
+                               i / s.out_channels % s.out_width, packed.as<const T>(), result);
             const auto* origin = origins.as<const std::int64_t>() + 2 * window;
             clip(s, origin[0], origin[1], result);
         });

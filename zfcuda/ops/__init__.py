@@ -8,9 +8,10 @@ from zfcuda.ops.map_maximum import map_maximum
 from zfcuda.ops.max_pool2d import max_pool2d
 from zfcuda.ops.max_unpool2d import max_unpool2d
 from zfcuda.ops.switches import indices_to_switches, switches_to_indices
-from zfcuda.ops.window_deconv2d import window_deconv2d
+from zfcuda.ops.window_deconv2d import WindowDeconv2d, window_deconv2d
 
 __all__ = [
+    "WindowDeconv2d",
     "conv2d_relu",
     "crop_windows",
     "deconv2d",

@@ -24,7 +24,7 @@ from zfcuda.ops._common import (
 )
 from zfcuda.ops.crop_windows import check_origins
 
-__all__ = ["window_deconv2d"]
+__all__ = ["WindowDeconv2d", "window_deconv2d"]
 
 GATES = ("none", "deconvnet", "backprop", "guided")
 
@@ -92,16 +92,6 @@ def window_deconv2d(
     Overlapping pooling windows are summed. Switches of 255, and any that lie outside their window, put nothing
     back. Not differentiable: a backward pass through the result raises.
     """
-    tensor("switches", switches, optional=True)
-    if (pool is None) != (switches is None):
-        missing = "pool" if pool is None else "switches"
-        raise RuntimeError(f"{missing} is None; give pool and switches together, or neither")
-    undone = [0] * 6
-    if pool is not None:
-        if not isinstance(pool, (tuple, list)) or len(pool) != 3:
-            raise TypeError(f"pool is {pool!r}; it must be (kernel_size, stride, dilation)")
-        names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
-        undone = [n for name, value in zip(names, pool, strict=True) for n in pair(name, value)]
     return _windows(
         tensor("signal", signal),
         tensor("weight", weight),
@@ -112,14 +102,79 @@ def window_deconv2d(
         integer("groups", groups),
         option("gate", gate, GATES),
         tensor("positive", positive, optional=True),
-        switches,
-        undone,
+        tensor("switches", switches, optional=True),
+        [] if pool is None else _pool_numbers(pool),
     )
 
 
-class _Sizes(NamedTuple):
-    maps: list[int]
-    image: list[int]
+class WindowDeconv2d:
+    """`window_deconv2d` with a weight that is packed once, for many calls. For use without autograd or tracing.
+
+    Parameters
+    ----------
+    weight, stride, dilation, groups, pool
+        As in `window_deconv2d`.
+    size
+        Height and width of the windows of the signal.
+    windows
+        How many windows all calls together will have, about: the way to compute is chosen by it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        size: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        *,
+        pool: tuple[int | Sequence[int], int | Sequence[int], int | Sequence[int]] | None = None,
+        windows: int = 1,
+    ) -> None:
+        undone = [] if pool is None else _pool_numbers(pool)
+        slide = pair("stride", stride), pair("dilation", dilation), integer("groups", groups)
+        size = pair("size", list(size))
+        self.geometry = _Geometry(size, tensor("weight", weight).shape, *slide, undone, integer("windows", windows))
+        check_tensor("weight", weight)
+        self.geometry.check()
+        self.dtype, self.device = weight.dtype, weight.device
+        where = self.geometry.shape(windows, (1, 1)), core.DTYPES[weight.dtype]
+        self.packed = core.room("window_deconv2d_packed", weight, *where)
+        core.run("window_deconv2d_pack", weight, *where, weight.contiguous(), self.packed)
+
+    def __call__(
+        self,
+        signal: Tensor,
+        origins: Tensor,
+        map_size: Sequence[int],
+        *,
+        gate: str = "none",
+        positive: Tensor | None = None,
+        switches: Tensor | None = None,
+    ) -> Tensor:
+        """As `window_deconv2d`."""
+        if torch.is_grad_enabled() and signal.requires_grad:
+            raise RuntimeError(f"signal requires a gradient, and WindowDeconv2d has none; {_REMEDY}")
+        _check(signal, self.dtype, self.device, origins, map_size, self.geometry, gate, positive, switches)
+        image = signal.new_empty(len(signal), *self.geometry.image, self.geometry.channels)
+        if image.numel():
+            where = self.geometry.shape(len(signal), map_size), core.DTYPES[signal.dtype]
+            scratch = core.workspace("window_deconv2d", signal, *where)
+            tensors = (
+                None if t is None else t.contiguous() for t in (signal, switches, positive, self.packed, origins)
+            )
+            core.run("window_deconv2d", signal, *where, core.GATES[gate], *tensors, image, scratch)
+        return image
+
+
+_REMEDY = "deconv2d and max_unpool2d take the same step for whole maps, differentiably"
+
+
+def _pool_numbers(pool: Sequence[int | Sequence[int]]) -> list[int]:
+    if not isinstance(pool, (tuple, list)) or len(pool) != 3:
+        raise TypeError(f"pool is {pool!r}; it must be (kernel_size, stride, dilation)")
+    names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
+    return [n for name, value in zip(names, pool, strict=True) for n in pair(name, value)]
 
 
 def _reach(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -127,55 +182,114 @@ def _reach(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], di
     return [(n - 1) * s + (k - 1) * d + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)]
 
 
+class _Geometry(NamedTuple):
+    """All that a packed weight depends on."""
+
+    size: Sequence[int]
+    weight: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    pool: Sequence[int]
+    expected: int
+
+    def check(self) -> None:
+        """Raise RuntimeError for a geometry that no windows have."""
+        rows = self.weight[0]
+        check_at_least(1, size=self.size, stride=self.stride, dilation=self.dilation)
+        if self.groups < 1 or rows % self.groups:
+            raise RuntimeError(f"groups is {self.groups}; it must divide the {rows} rows of weight")
+        if self.pool:
+            check_at_least(1, pool=self.pool)
+            if self.pool[0] * self.pool[1] >= MAX_WINDOW:
+                raise RuntimeError(
+                    f"pool has kernel_size {tuple(self.pool[:2])}; it may have at most {MAX_WINDOW - 1} positions"
+                )
+
+    @property
+    def channels(self) -> int:
+        """Of the windows below."""
+        return self.weight[1] * self.groups
+
+    @property
+    def maps(self) -> list[int]:
+        """Height and width of the windows of the maps."""
+        pool = self.pool
+        return _reach(self.size, pool[:2], pool[2:4], pool[4:]) if pool else list(self.size)
+
+    @property
+    def image(self) -> list[int]:
+        """Height and width of the windows below."""
+        return _reach(self.maps, self.weight[2:], self.stride, self.dilation)
+
+    def shape(self, windows: int, map_size: Sequence[int]) -> tuple[int, ...]:
+        """WindowShape of csrc/shapes.h."""
+        below = (self.channels, *self.image)
+        convolution = (*self.weight[2:], *self.stride, *self.dilation, self.groups, *map_size)
+        undone = (*self.size, *self.pool) if self.pool else (0,) * 8
+        return (windows, self.expected, *below, self.weight[0], *self.maps, *convolution, *undone)
+
+
 def _check(
     signal: Tensor,
-    weight: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
     origins: Tensor,
     map_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: _Geometry,
     gate: str,
     positive: Tensor | None,
     switches: Tensor | None,
-    pool: Sequence[int],
-) -> _Sizes:
+) -> None:
+    _check_signal(signal)
+    if signal.dtype != dtype or signal.device != device:
+        raise RuntimeError(
+            f"signal has dtype {signal.dtype} on {signal.device}; it must be {dtype} on {device} like the weight"
+        )
+    check_at_least(1, map_size=map_size)
+    wanted = (len(signal), *geometry.size, geometry.weight[0])
+    check_shape("signal", signal, wanted, "the windows and channels that the weight was packed for")
+    check_origins("origins", origins, (len(signal), 2), signal)
+    if (switches is not None) != bool(geometry.pool):
+        missing = "switches" if switches is None else "pool"
+        raise RuntimeError(f"{missing} is None; give pool and switches together, or neither")
+    if (positive is not None) != (gate in ("backprop", "guided")):
+        raise RuntimeError(
+            f"positive is {'None' if positive is None else 'given'} with gate={gate!r}; the gates 'backprop' and "
+            "'guided' need it, the others have no use for it"
+        )
+    if switches is not None:
+        _check_bytes("switches", switches, signal.shape, "the shape of signal", signal)
+    if positive is not None:
+        bits = (len(signal), *geometry.maps, -(-signal.size(3) // 8))
+        _check_bytes("positive", positive, bits, "a bit for each value", signal)
+
+
+def _check_signal(signal: Tensor) -> None:
     if signal.dim() != 4:
         raise RuntimeError(
             f"signal has shape {tuple(signal.shape)}; it must be (windows, height, width, channels): "
             "one window needs unsqueeze(0) too"
         )
     check_tensor("signal", signal)
+
+
+def _check_bytes(name: str, value: Tensor, shape: Sequence[int], why: str, like: Tensor) -> None:
+    if value.dtype != torch.uint8:
+        raise RuntimeError(f"{name} has dtype {value.dtype}; it must be torch.uint8")
+    check_shape(name, value, shape, why)
+    check_device(name, value, like)
+
+
+def _check_weight(signal: Tensor, weight: Tensor, groups: int) -> None:
+    """What the operator checks besides what a packed weight can be asked for."""
+    _check_signal(signal)
     check_tensor("weight", weight, like=signal)
-    check_at_least(1, map_size=map_size, stride=stride, dilation=dilation)
     if groups < 1 or signal.size(3) % groups or weight.size(0) != signal.size(3):
         raise RuntimeError(
             f"weight has shape {tuple(weight.shape)}; with groups={groups} its first dimension must be the "
             f"{signal.size(3)} channels of signal, a multiple of groups"
         )
-    check_origins("origins", origins, (len(signal), 2), signal)
-    maps = list(signal.shape[1:3])
-    if switches is not None:
-        kernel, step, spread = pool[:2], pool[2:4], pool[4:]
-        check_at_least(1, pool=pool)
-        if kernel[0] * kernel[1] >= MAX_WINDOW:
-            raise RuntimeError(f"pool has kernel_size {tuple(kernel)}; it may have at most {MAX_WINDOW - 1} positions")
-        check_shape("switches", switches, signal.shape, "the shape of signal")
-        check_device("switches", switches, signal)
-        if switches.dtype != torch.uint8:
-            raise RuntimeError(f"switches has dtype {switches.dtype}; it must be torch.uint8")
-        maps = _reach(maps, kernel, step, spread)
-    if (positive is not None) != (gate in ("backprop", "guided")):
-        raise RuntimeError(
-            f"positive is {'None' if positive is None else 'given'} with gate={gate!r}; the gates 'backprop' and "
-            "'guided' need it, the others have no use for it"
-        )
-    if positive is not None:
-        check_shape("positive", positive, (len(signal), *maps, -(-signal.size(3) // 8)), "a bit for each value")
-        check_device("positive", positive, signal)
-        if positive.dtype != torch.uint8:
-            raise RuntimeError(f"positive has dtype {positive.dtype}; it must be torch.uint8")
-    return _Sizes(maps, _reach(maps, weight.shape[2:], stride, dilation))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::window_deconv2d", mutates_args=())
@@ -192,26 +306,10 @@ def _windows(
     switches: Tensor | None,
     pool: Sequence[int],
 ) -> Tensor:
-    sizes = _check(signal, weight, origins, map_size, stride, dilation, groups, gate, positive, switches, pool)
-    count, *pooled, channels = signal.shape
-    image = signal.new_empty(count, *sizes.image, weight.size(1) * groups)
-    if not image.numel():
-        return image
-    convolution = (*weight.shape[2:], *stride, *dilation, groups, *map_size)
-    undone = (0,) * 8 if switches is None else (*pooled, *pool)
-    shape = (count, image.size(3), *sizes.image, channels, *sizes.maps, *convolution, *undone)
-    where = shape, core.DTYPES[signal.dtype]
-    scratch = core.workspace("window_deconv2d", signal, *where)
-    core.run(
-        "window_deconv2d",
-        signal,
-        *where,
-        core.GATES[gate],
-        *(None if t is None else t.contiguous() for t in (signal, switches, positive, weight, origins)),
-        image,
-        scratch,
-    )
-    return image
+    _check_weight(signal, weight, groups)
+    undone = (pool[:2], pool[2:4], pool[4:]) if pool else None
+    step = WindowDeconv2d(weight, signal.shape[1:3], stride, dilation, groups, pool=undone, windows=len(signal))
+    return step(signal, origins, map_size, gate=gate, positive=positive, switches=switches)
 
 
 @_windows.register_fake
@@ -228,10 +326,11 @@ def _(
     switches: Tensor | None,
     pool: Sequence[int],
 ) -> Tensor:
-    sizes = _check(signal, weight, origins, map_size, stride, dilation, groups, gate, positive, switches, pool)
-    return signal.new_empty(len(signal), *sizes.image, weight.size(1) * groups)
+    _check_weight(signal, weight, groups)
+    geometry = _Geometry(signal.shape[1:3], weight.shape, stride, dilation, groups, pool, len(signal))
+    geometry.check()
+    _check(signal, weight.dtype, weight.device, origins, map_size, geometry, gate, positive, switches)
+    return signal.new_empty(len(signal), *geometry.image, geometry.channels)
 
 
-not_differentiable(
-    _windows, "window_deconv2d", "deconv2d and max_unpool2d take the same step for whole maps, differentiably"
-)
+not_differentiable(_windows, "window_deconv2d", _REMEDY)
