@@ -275,9 +275,8 @@ def _no_image(index: int, item: Any) -> str:
 
 def _items_of_batch(batch: Any) -> Iterator[Any]:
     """The items of what a DataLoader delivers: of its first tensor (N, C, H, W), and of all as long after it."""
-    parts = (
-        list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    )
+    several = batch.values() if isinstance(batch, Mapping) else batch
+    parts = [batch] if isinstance(batch, Tensor) else list(several)
     place = next((i for i, part in enumerate(parts) if isinstance(part, Tensor) and part.dim() == 4), None)
     if place is None:
         yield batch

@@ -200,6 +200,8 @@ def _run(
                 if parts and not collector.busy:
                     parts.save(collector)
                 raise
+    if parts and ranks.size > 1:  # another rank may fail before the lists are merged
+        parts.save(collector)
     mined = collector.finish(ranks, batches.batch_size)
     if not mined.images_seen:
         raise RuntimeError(_nothing(len(mined.skipped), mined.skipped))
