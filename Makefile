@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 
-# Without an NVIDIA GPU: the small CPU build of torch, by the one name that no CUDA build answers to. Its
-# dependencies come with the installation below.
-TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+# Without an NVIDIA GPU: the small CPU build of torch, by the one name that no CUDA build answers to, and the torchvision
+# that belongs to it (the tests' networks; any other would bring its own torch). Their dependencies come with the
+# installation below.
+TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
+    && $(BIN)/pip install --no-deps 'torchvision==0.28.0'
 
 .PHONY: demo test bench gpu-tests kernels lint
 demo: $(VENV)/demo
@@ -44,6 +46,6 @@ $(VENV)/dev: $(SOURCES) | $(VENV)/torch
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	nvidia-smi >/dev/null 2>&1 || $(TORCH_CPU) || \
+	nvidia-smi >/dev/null 2>&1 || { $(TORCH_CPU); } || \
 	    echo "The index of torch's CPU builds is out of reach: PyPI's build follows, with gigabytes of CUDA libraries"
 	touch $@
