@@ -20,7 +20,7 @@ AWKWARD = LAYERS[1]
 FC = "fc4"
 DEAD, FEW, FEW_COUNT = 3, 5, 4  # maps of the second layer
 CLASSES = ["cat", "<b>dog</b> & co", 'a "quoted" class']
-NAMES = ("<img src=x onerror=alert(1)>.png", "it's \"odd\" & %20 #1?.png", "ünïcode-猫.png", "</script><script>.png")
+NAMES = ("<img src=x onerror=alert(1)>.png", 'it\'s "odd" & %20 #1?.png', "ünïcode-猫.png", "</script><script>.png")
 SIZE = 48
 MEAN, STD = (120.0, 110.0, 100.0), (60.0, 62.0, 64.0)
 
@@ -90,7 +90,9 @@ def brute_force(model: nn.Module, images: torch.Tensor, sources: list[Source], l
             patches[missing] = 0
         which[missing] = -1
         sparsity = (strongest <= 0).float().mean(1)
-        found[name] = MinedLayer(lines[name], values, which, positions, patches, strongest.clamp(min=0).mean(1), sparsity)
+        found[name] = MinedLayer(
+            lines[name], values, which, positions, patches, strongest.clamp(min=0).mean(1), sparsity
+        )
     used = {i for layer in found.values() for i in layer.images.flatten().tolist() if i >= 0}
     known = {i: sources[i] for i in sorted(used)}
     return Mined(found, len(images), 9, 1, 8, (SIZE, SIZE), ("deconvnet",), sources=known,
