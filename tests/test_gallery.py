@@ -646,6 +646,29 @@ def test_images_that_are_not_known_leave_the_patch_in_its_place(read, shelf, tmp
     assert "not known" in page.locator("#caption").inner_text()
 
 
+def test_copies_stand_upright_and_changed_files_are_not_shown(shelf, tmp_path):
+    sources = dict(shelf.mined.sources)
+    turned, changed, boxless = list(sources)[:3]
+    draw = np.random.default_rng(0)
+    corner = np.zeros((40, 60, 3), np.uint8)
+    corner[:20, :30] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn clockwise
+    Image.fromarray(corner).save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(draw.integers(0, 255, (9, 9, 3), np.uint8)).save(tmp_path / "changed.png")
+    sources[turned] = Source("turned", None, str(tmp_path / "turned.jpg"), (60, 40), (0, 0, 40, 40))
+    sources[changed] = Source("changed", None, str(tmp_path / "changed.png"), (10, 10), (0, 0, 10, 10))
+    sources[boxless] = Source("boxless", None, str(tmp_path / "changed.png"))
+    mined = Mined(**{**vars(shelf.mined), "sources": sources})
+    folder = gallery(mined, shelf.model, tmp_path / "gallery", dataset=shelf.images, progress=False).parent
+    told = json.loads(re.search(r"receive\(\"sources\", (.*)\);", (folder / "data/sources.js").read_text())[1])
+    upright = np.asarray(Image.open(folder / told[str(turned)]["shown"]), int)
+    assert upright.shape == (60, 40, 3) and upright[:30, 20:].min() > 200 and upright[:30, :20].max() < 60
+    assert told[str(changed)]["shown"] == told[str(changed)]["file"] == f"images/{changed}-input.jpg"
+    assert told[str(boxless)]["shown"] == f"images/{boxless}-input.jpg"
+    assert Image.open(folder / told[str(boxless)]["file"]).size == (9, 9)
+
+
 def test_a_gallery_replaces_a_gallery_and_nothing_else(shelf, tmp_path):
     folder = tmp_path / "gallery"
     gallery(shelf.mined, shelf.model, folder, title="First", progress=False)
@@ -696,6 +719,8 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(she
         (Mined(**{**vars(shelf.mined), "layers": {}}), shelf.model, {}, ValueError, "no layers"),
         (galleries.small(tmp_path, (galleries.FC,))[2], shelf.model, {}, ValueError, "dataset"),
         (shelf.mined, shelf.model, {"gate": "open"}, ValueError, "gate"),
+        (shelf.mined, shelf.model, {"dataset": iter(shelf.images)}, TypeError, "__getitem__"),
+        (Mined(**{**vars(shelf.mined), "model": "0" * 64}), shelf.model, {}, RuntimeError, "other weights"),
     ]
     for mined, model, options, error, says in cases:
         with pytest.raises(error, match=re.escape(says)):

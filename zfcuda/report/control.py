@@ -95,7 +95,7 @@ class Control:
             return tiles.pixels
         if self.dataset is None:
             units = np.unique(tiles.units).tolist()
-            return self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate).pixels.float().numpy()
+            return self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate).pixels.float().cpu().numpy()
         parts = [
             self._rerun(mined, tiles.units[rows], tiles.ranks[rows])
             for rows in np.split(np.arange(len(tiles.units)), range(BATCH, len(tiles.units), BATCH))
@@ -116,4 +116,4 @@ class Control:
         crops = self.deconvnet.project(
             images, mined.layer.name, index[0][:, None], positions, start=1.0, gate=self.gate, crop=True
         )
-        return crops.pixels[:, 0].float().numpy()
+        return crops.pixels[:, 0].float().cpu().numpy()

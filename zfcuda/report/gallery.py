@@ -34,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import zfcuda
 from zfcuda.deconv.deconvnet import Gate
 from zfcuda.deconv.mined import Mined, MinedLayer, Source
+from zfcuda.images import eight_bits
 from zfcuda.report import pictures
 from zfcuda.report.control import Control
 from zfcuda.report.folder import check_target, file_name, whole_folder
@@ -53,6 +54,10 @@ SOURCE = 448  # longest side of the copies of the images
 JPEG: dict[str, Any] = dict(
     quality=85, subsampling=0
 )  # colours of projections are fine-grained, so none are subsampled
+
+
+#: The path of an image's file, or the image's index where it has none; and the size it had.
+File = tuple[str | int, tuple[int, int] | None]
 
 
 def gallery(
@@ -186,8 +191,9 @@ class _Writer:
         self.mined = painter.mined
         maps = sum(len(layer.values) for layer in self.mined.values())
         self.maps_done = bar.add_task("Projections", total=maps)
-        files = {self.mined.sources[i].path or i if i in self.mined.sources else i for i in self._images()}
-        self.images_done = bar.add_task("Images", total=len(files))
+        self.images = [(i, self.mined.sources.get(i, Source(f"image {i}"))) for i in self._in_lists()]
+        self.files = {_file(image, source): image for image, source in reversed(self.images)}
+        self.images_done = bar.add_task("Images", total=len(self.files))
 
     def layer(self, number: int, name: str) -> dict[str, Any]:
         """Sheets and data of a layer; returns what the page's summary says of it."""
@@ -213,17 +219,9 @@ class _Writer:
 
     def sources(self) -> dict[str, Any]:
         """Copies of the images in the lists, one of each file; returns what the page says of each image."""
-        images = {image: self.mined.sources.get(image, Source(f"image {image}")) for image in self._images()}
-        files: dict[Any, int] = {}
-        for image, source in images.items():
-            files.setdefault(source.path or image, image)
         with ThreadPoolExecutor() as pool:
-            copies = dict(
-                zip(files, pool.map(lambda image: self._copy(image, images[image]), files.values()), strict=True)
-            )
-        return {
-            str(image): self._source(image, source, copies[source.path or image]) for image, source in images.items()
-        }
+            copies = dict(zip(self.files, pool.map(self._copy, self.files, self.files.values()), strict=True))
+        return {str(image): self._source(image, source, copies[_file(image, source)]) for image, source in self.images}
 
     def filters(self) -> dict[str, Any] | None:
         """The filters of the first layer, where it is a convolution of an image; None elsewhere."""
@@ -290,37 +288,42 @@ class _Writer:
             },
         }
 
-    def _images(self) -> list[int]:
+    def _in_lists(self) -> list[int]:
         lists = [layer.images for layer in self.mined.values()]
         return sorted({int(i) for images in lists for i in images[images >= 0].unique()})
 
     def _source(self, image: int, source: Source, copied: str | None) -> dict[str, Any]:
+        """What the page says of an image: `file`, a copy to open; `shown`, the picture that boxes are drawn on."""
         label = source.label
         if isinstance(label, int) and self.mined.classes is not None:
             label = self.mined.classes[label]
-        shown = copied
-        if copied is None and self.painter.dataset is not None:
+        # Without the part of the file that became the input, boxes are known in the input only.
+        whole = copied is not None and source.box is not None
+        shown = copied if whole else None
+        if not whole and self.painter.dataset is not None:
             shown = f"images/{image}-input.jpg"
             _save(self.painter.picture(image), self.folder / shown)
         return {
             "name": source.name,
             "label": None if label is None else str(label),
+            "file": copied or shown,
             "shown": shown,
-            "size": copied and source.size,
-            "box": copied and source.box,
+            "size": source.size if whole else None,
+            "box": source.box if whole else None,
         }
 
-    def _copy(self, image: int, source: Source) -> str | None:
-        """A reduced copy of the image's file; None where there is none that is as it was when it was mined."""
+    def _copy(self, file: File, image: int) -> str | None:
+        """A reduced copy of a file, named by its first image; None where there is none, or it is not as it was."""
         self.bar.advance(self.images_done)
-        path = f"images/{image}.jpg"
+        path, size = file
+        name = f"images/{image}.jpg"
         try:
-            if source.path is None or source.size is None or source.box is None:
+            if not isinstance(path, str):
                 return None
-            _reduced(source.path, source.size).save(self.folder / path, quality=85)
-        except (OSError, Image.DecompressionBombError):
+            _reduced(path, size).save(self.folder / name, quality=85)
+        except (OSError, ValueError, Image.DecompressionBombError):
             return None
-        return path
+        return name
 
 
 class _Overview:
@@ -357,15 +360,19 @@ def _layer_data(mined: MinedLayer, similar: dict[tuple[int, int], float]) -> dic
     }
 
 
-def _reduced(path: str, size: tuple[int, int]) -> Image.Image:
-    """The picture of a file, at most `SOURCE` pixels wide and high, the way up that has ``size``."""
-    with Image.open(path) as image:
-        turned = image.size != (size[1], size[0])
-        shown = image if not turned else ImageOps.exif_transpose(image)
-        if shown.size != (size[1], size[0]):
-            raise OSError(f"{path} was {size} and is {shown.size} now")
+def _file(image: int, source: Source) -> File:
+    return source.path or image, source.size
+
+
+def _reduced(path: str, size: tuple[int, int] | None) -> Image.Image:
+    """The picture of a file, upright, at most `SOURCE` pixels wide and high."""
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file)
+        if size not in (None, (upright.height, upright.width)):
+            raise OSError(f"{path} had size {size}")
+        shown = eight_bits(upright).convert("RGB")
         shown.thumbnail((SOURCE, SOURCE))
-        return shown.convert("RGB")
+        return shown
 
 
 def _resized(picture: Picture, size: tuple[int, int]) -> Picture:

@@ -92,12 +92,16 @@ def projections(values: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Many projections (n, 3 or 1, height, width) as pictures (n, height, width, 3), each on the scale of `white`."""
     scales = np.array([white(image) for image in values], np.float32)
     factors = np.divide(127, scales, out=np.zeros_like(scales), where=scales > 0)
-    return _batch_to_bytes(values * factors[:, None, None, None] + np.float32(GREY))
+    images = values * factors[:, None, None, None]
+    images += GREY
+    return _batch_to_bytes(images)
 
 
 def patches(values: NDArray[np.float32], mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> NDArray[np.uint8]:
     """Many pieces of inputs (n, 3 or 1, height, width) as pictures (n, height, width, 3); see `patch`."""
-    return _batch_to_bytes(values * _per_channel(std).astype(np.float32) + _per_channel(mean).astype(np.float32))
+    images = values * _per_channel(std).astype(np.float32)
+    images += _per_channel(mean).astype(np.float32)
+    return _batch_to_bytes(images)
 
 
 def crop(picture: Picture, box: Sequence[int]) -> Picture:
@@ -248,8 +252,9 @@ def _per_channel(value: ArrayLike) -> NDArray[np.float64]:
 
 
 def _batch_to_bytes(images: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(n, 3 or 1, height, width) to uint8 (n, height, width, 3)."""
-    shown = np.rint(np.clip(images, 0, 255)).astype(np.uint8).transpose(0, 2, 3, 1)
+    """(n, 3 or 1, height, width) to uint8 (n, height, width, 3); the images are overwritten."""
+    np.rint(np.clip(images, 0, 255, out=images), out=images)
+    shown = images.astype(np.uint8).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(np.broadcast_to(shown, (*shown.shape[:3], 3)))
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from zfcuda.deconv import DeconvNet
 from zfcuda.deconv.deconvnet import Gate
 from zfcuda.deconv.mined import Mined, MinedLayer
+from zfcuda.deconv.mining import fingerprint
 from zfcuda.report import pictures
 
 __all__ = ["Painter", "Tiles", "inside", "network_input", "windows"]
@@ -75,8 +76,8 @@ class Painter:
         if not alive:
             return _no_tiles()
         projected = self.deconvnet.project_mined(self.mined, layer, alive, gate=self.gate, dataset=self.dataset)
-        pixels = projected.pixels.float().numpy()
-        boxes = projected.boxes.numpy()
+        pixels = projected.pixels.float().cpu().numpy()
+        boxes = projected.boxes.cpu().numpy()
         values = self._patches(mined, projected.units, projected.ranks, boxes)
         patches = pictures.patches(values, self.mean, self.std)
         for patch, box in zip(patches, boxes, strict=True):
@@ -105,6 +106,10 @@ class Painter:
         known = {layer.name: layer for layer in self.deconvnet.layers}
         if not self.mined:
             raise ValueError("mined holds no layers; mine at least one")
+        if self.dataset is not None and not hasattr(self.dataset, "__getitem__"):
+            raise TypeError(
+                f"dataset is a {type(self.dataset).__name__}; it must have __getitem__, as images are looked up again"
+            )
         for name, mined in self.mined.items():
             if name not in known:
                 raise ValueError(
@@ -124,6 +129,8 @@ class Painter:
                 raise RuntimeError(
                     f"images have {mined.patches.shape[2]} channels; only 1 or 3 can be shown as pictures"
                 )
+        if self.mined.model and self.mined.model != fingerprint(self.deconvnet.model):
+            raise RuntimeError("model has other weights than the one that was mined; load those, or mine again")
 
 
 def _no_tiles() -> Tiles:
@@ -133,10 +140,6 @@ def _no_tiles() -> Tiles:
 
 def network_input(dataset: Any, image: int) -> torch.Tensor:
     """An image of a map-style data set, (C, H, W): the item itself, or the first part of it."""
-    if not hasattr(dataset, "__getitem__"):
-        raise TypeError(
-            f"dataset is a {type(dataset).__name__}; images are looked up again, so it must have __getitem__"
-        )
     item = dataset[image]
     return torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item).float()
 

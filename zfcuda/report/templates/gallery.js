@@ -494,8 +494,8 @@ function showSource(item) {
   $("caption").replaceChildren(element("strong", {}, source.name),
     source.shown ? "" : " (the image itself is not known)",
     element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])));
-  $("open").hidden = !source.shown;
-  if (source.shown) $("open").href = source.shown;
+  $("open").hidden = !source.file;
+  if (source.file) $("open").href = source.file;
   for (const button of document.querySelectorAll("[data-view]")) button.setAttribute("aria-pressed", String(button.dataset.view === view.mode));
   setZoom(1, 0, 0);
 }
