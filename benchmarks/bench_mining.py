@@ -1,14 +1,134 @@
 """What mining costs beside the forward passes that it needs, as a function of the number of images.
 
-``python benchmarks/bench_mining.py`` (about two minutes on one core; ``--seconds`` for more). Full-size ZFNet, its five
-convolutions, batches of 32 of natural-looking noise; all calls are timed alternately in one process:
+``python benchmarks/bench_mining.py [--rounds 12] [--threads 1]``: two to three minutes on one core. Full-size ZFNet, its
+five convolutions, batches of 32. Each round times, in turn:
 
-* *forward*: the same executor on the same batch, without mining;
-* *mining*: forward pass, maxima, comparison, lists and windows, with lists that have seen N images already;
-* *rival*: forward pass, then ``amax``/``argmax`` of every map by torch, and ``topk`` of the lists with the batch.
+* the forward pass alone, by the same executor, on the same batch;
+* a batch of mining in which no entry, or so many entries, enter the lists, their windows of patches and switches
+  included; its own time is what is left without the forward pass within it;
+* the rival: the forward pass, ``max`` over every map by torch, ``topk`` of every list joined with the batch's maxima (which
+  keeps neither switches nor patches).
 
-Lists are brought to the state after N images by scaling: what is measured is a batch whose number of entries is that
-of a batch after N images, ``batch · top / N`` a map. The cost of a batch is ``fixed + entry · entries``; both are fitted
-to the measured batches, and the overhead of a whole run of N images follows from the expected number of entries,
-``top · (1 + ln(N / top))`` a map.
+The time of a batch of mining is ``fixed + entry * entries``. Over a data set of N images in random order a map's list
+has ``top * (1 + ln(N / top))`` entries, so the overhead of N images follows (model, from measured costs).
 """
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+
+import torch
+
+import zfcuda
+from zfcuda.deconv.batches import Batch
+from zfcuda.deconv.collector import Collector, Settings
+
+BATCH, TOP = 32, 9
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+#: Maps with an empty list, into which the nine strongest of a batch enter; the lists of the others are closed.
+OPEN = (0, 64, 256)
+
+
+class Clock:
+    """Seconds spent in a function."""
+
+    def __init__(self, function):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *args, **kwargs):
+        start = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def net() -> zfcuda.DeconvNet:
+    model = zfcuda.models.zfnet().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    return zfcuda.DeconvNet(model)
+
+
+def mining_batch(collector: Collector, batch: Batch, open_maps: int) -> tuple[float, float, int]:
+    """Seconds of a batch of mining, those of the forward pass within it, and the entries that entered."""
+    ranking, run = collector.ranking, collector.net.graph.run
+    ranking.values[:], ranking.images[:] = torch.inf, 0
+    chosen = torch.randperm(len(ranking.values))[:open_maps].numpy()
+    ranking.values[chosen], ranking.images[chosen] = 0, -1
+    maxima = Clock(type(collector)._maxima.__get__(collector))
+    collector._maxima = maxima
+    forward = Clock(run)
+    object.__setattr__(collector.net.graph, "run", forward)
+    start = time.perf_counter()
+    collector.absorb(batch)
+    total = time.perf_counter() - start
+    object.__delattr__(collector.net.graph, "run")
+    return total, forward.seconds - maxima.seconds, int((ranking.images[chosen] >= 0).sum())
+
+
+def rival(graph, nodes: dict[int, int], images: torch.Tensor, lists: list[torch.Tensor]) -> None:
+    def visit(i, output, _):
+        if i in nodes:
+            values, _ = output.flatten(2).max(2)
+            lists[nodes[i]] = torch.cat([lists[nodes[i]], values.T], 1).topk(TOP).values
+
+    graph.run(images, visit, max(nodes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    deconvnet = net()
+    graph = deconvnet.graph
+    images = torch.randn(BATCH, 3, 224, 224)
+    batch = Batch(0, images, torch.ones(BATCH, dtype=torch.bool), [None] * BATCH)
+    collector = Collector(deconvnet, Settings(LAYERS, TOP, 1, ("deconvnet",), 2**31), (3, 224, 224))
+    print(collector.describe_memory())
+    nodes = {graph.find(name): i for i, name in enumerate(LAYERS)}
+    lists = [torch.zeros(t.count, TOP) for t in collector.targets]
+    mining_batch(collector, batch, len(collector.ranking.values))  # touches all of the memory
+    last = max(t.pooled_by or t.node for t in collector.targets)
+    forward, rivals = [], []
+    own: dict[int, list[float]] = {n: [] for n in OPEN}
+    share, entries = {n: [] for n in OPEN}, {}
+    for round_ in range(options.rounds + 1):
+        bare, other = Clock(graph.run), Clock(rival)
+        bare(images, None, last)
+        other(graph, nodes, images, lists)
+        for n in OPEN:
+            total, inside, entries[n] = mining_batch(collector, batch, n)
+            if round_:
+                own[n].append(total - inside)
+                share[n].append((total - inside) / inside)
+        if round_:
+            forward.append(bare.seconds)
+            rivals.append(other.seconds)
+    seconds = statistics.median(forward)
+    costs = {entries[n]: statistics.median(own[n]) for n in OPEN}
+    fixed = costs[0]
+    each = statistics.median((cost - fixed) / count for count, cost in costs.items() if count)
+    print(
+        f"forward pass of {BATCH} images: {seconds * 1e3:.0f} ms, {BATCH / seconds:.1f} images/s on {options.threads} thread(s)"
+    )
+    print(f"mining a batch: {fixed * 1e3:.2f} ms and {each * 1e6:.0f} us an entry")
+    print(
+        f"rival, max and top-{TOP} by torch: {100 * (statistics.median(rivals) / seconds - 1):.1f} % of the forward pass"
+    )
+    maps = len(collector.ranking.values)
+    for count in (100, 1_000, 10_000, 50_000, 100_000, 1_000_000):
+        entered = maps * TOP * (1 + math.log(count / TOP))
+        overhead = (fixed * count / BATCH + each * entered) / (seconds * count / BATCH)
+        print(f"{count:>9,} images: {100 * overhead:5.2f} % over the forward pass")
+
+
+if __name__ == "__main__":
+    main()

@@ -303,7 +303,8 @@ class Collector:
                 row = torch.from_numpy(rows[some]).to(images.device)
                 cut = _cut(target, planes, seen, row, where)
                 for name, windows in cut.items():
-                    target.store[name].index_copy_(0, torch.from_numpy(slots[start : start + part]), windows.cpu())
+                    # NumPy copies whole rows; torch's index_copy_ goes byte by byte.
+                    target.store[name].numpy()[slots[start : start + part]] = windows.cpu().numpy()
 
     # To disk and back
 
