@@ -333,6 +333,23 @@ def test_search_finds_what_fits_and_nothing_else(read, shelf, query, test):
     assert page.evaluate("document.activeElement.id") != "search"
 
 
+def test_the_patches_that_the_search_names_are_marked(read, shelf):
+    reader = read()
+    page = reader.open(address("conv3") + "?q=" + quote(f'image:"{NAMES[2]}"'))
+    mined, image = shelf.mined["conv3"], next(i for i, s in shelf.mined.sources.items() if s.name == NAMES[2])
+    expected = [unit for unit in range(5) if image in mined.images[unit]]
+    reader.settle(len(expected))
+    for unit, card in zip(expected, page.locator(".card").all(), strict=True):
+        marked = (
+            card.locator(".block")
+            .nth(1)
+            .locator(".cell")
+            .evaluate_all("cells => cells.flatMap((cell, rank) => cell.matches('.hit') ? [rank] : [])")
+        )
+        assert marked == (mined.images[unit] == image).nonzero().flatten().tolist()
+        assert card.locator(".block").first.locator(".hit").count() == 0
+
+
 @pytest.mark.parametrize("which", ["alive", "few", "dead"])
 def test_filters_by_state(read, shelf, which):
     reader = read()

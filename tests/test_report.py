@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import spearmanr
 
-from zfcuda.deconv import DeconvNet
+from zfcuda.deconv import DeconvNet, mine
 from zfcuda.report import control, export, figures
 from zfcuda.report.tiles import Painter
 
@@ -81,6 +81,25 @@ def test_wrong_figures_are_refused_before_anything_is_written(found, tmp_path):
         with pytest.raises(error, match=says):
             call()
     assert not list(tmp_path.iterdir())
+
+
+# Tiles
+
+
+def test_tiles_are_the_same_from_what_mining_kept(found):
+    """`mine` keeps windows of switches; the oracle's lists come from whole maps."""
+    dataset = [(image, i % 3) for i, image in enumerate(found.images)]
+    mined = mine(found.model, dataset, list(LAYERS), batch_size=8, progress=False)
+    mined.preprocessing = found.mined.preprocessing
+    for layer in LAYERS:
+        units = range(len(mined[layer].values))
+        ours, oracle = (Painter(each, found.model).tiles(layer, units) for each in (mined, found.mined))
+        for name in ("units", "ranks", "boxes"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(oracle, name))
+        np.testing.assert_allclose(ours.pixels, oracle.pixels, atol=1e-5 * np.abs(oracle.pixels).max())
+        for name in ("projections", "patches"):
+            difference = getattr(ours, name).astype(int) - getattr(oracle, name)
+            assert np.abs(difference).max() <= 1
 
 
 # Data

@@ -104,6 +104,7 @@ function block(item, kind, label) {
     picture.style.aspectRatio = `${cell[1]} / ${cell[0]}`;
     if (rank < count) showCell(picture, item, rank, kind);
     else picture.classList.add("none");
+    picture.classList.toggle("hit", kind === "patches" && hits.has(data.get(item.layer.name).images[item.unit][rank]));
     node.append(picture);
   }
   node.classList.toggle("pixels", Math.max(...cell) < 40);
@@ -252,14 +253,18 @@ function terms(query) {
     .filter(({ text }) => text !== "");
 }
 
+let hits = new Set();  // indices of the images that the search names
+
 /** A function that says whether a map fulfils all terms. */
 function matcher() {
+  hits = new Set();
   const sources = data.get("sources");
   const images = (test) => new Set(Object.keys(sources).filter((id) => test(sources[id])).map(Number));
   const has = (text) => (value) => value !== null && value.toLowerCase().includes(text);
   const tests = terms(state.q).map(({ key, text }) => {
     const named = images((s) => ((key === "" || key === "image") && has(text)(s.name))
       || ((key === "" || key === "class") && has(text)(s.label)));
+    named.forEach((id) => hits.add(id));
     return (layer, unit, shown) => {
       if ((key === "" || key === "layer") && has(text)(layer.name)) return true;
       if ((key === "" || key === "map") && text.replace(/^#/, "") === String(unit)) return true;
@@ -268,6 +273,7 @@ function matcher() {
   });
   if (state.class) {
     const named = images((s) => s.label === state.class);
+    named.forEach((id) => hits.add(id));
     tests.push((layer, unit, shown) => shown.some((id) => named.has(id)));
   }
   return (layer, unit) => {
@@ -509,6 +515,7 @@ function setZoom(scale, x, y) {
   $("canvas").style.transform = `translate(${view.x}px, ${view.y}px) scale(${view.scale})`;
   $("canvas").style.setProperty("--scale", view.scale);
   $("zoom").setAttribute("aria-pressed", String(view.scale > 1));
+  $("stage").classList.toggle("zoomed", view.scale > 1);
 }
 
 function zoomAt(factor, x, y) {
@@ -560,8 +567,13 @@ async function render(before) {
   const wanted = new Set([...(browsing ? scope : []), ...(state.map === null ? [] : [layerOf.get(state.layer)])]);
   if (wanted.size) await Promise.all(["sources", ...[...wanted].map((layer) => layer.name)].map(need));
   if (run !== rendering) return;
-  if (browsing) showScope(everywhere ? null : scope[0]);
-  else grid.items = [], shown = null;
+  if (browsing) {
+    showScope(everywhere ? null : scope[0]);
+  } else {
+    grid.items = [];
+    shown = null;
+    hits.clear();
+  }
   if (state.map === null) {
     if ($("map").open) $("map").close();
     return;
@@ -696,6 +708,7 @@ $("stage").addEventListener("wheel", (event) => {
 }, { passive: false });
 $("stage").addEventListener("dblclick", toggleZoom);
 $("stage").addEventListener("pointerdown", (event) => {
+  if (view.scale === 1) return;
   $("stage").setPointerCapture(event.pointerId);
   $("stage").classList.add("moving");
 });
