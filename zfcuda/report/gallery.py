@@ -87,8 +87,9 @@ def gallery(
     gate : {"deconvnet", "backprop", "guided"}
         As in `DeconvNet.project`.
     dataset : map-style dataset, optional
-        The one that was mined. Needed for layers without patches (fully connected ones); with it the control
-        runs the images anew, and images without a file are shown.
+        The one that was mined. Needed for layers whose patches or switches were not kept (fully connected ones). With
+        it images without a file are shown, and the control runs the images anew: a forward pass for each activation,
+        where without it there is none.
     title : str, optional
         Heading of the page; default the name of the model's class.
     progress : bool

@@ -60,7 +60,7 @@ class Painter:
     Raises
     ------
     TypeError, ValueError, RuntimeError
-        If these do not belong together; nothing has been computed then.
+        If these do not belong together, or a projection needs what mining did not keep.
     """
 
     def __init__(self, mined: Mined, model: torch.nn.Module, gate: Gate = "deconvnet", dataset: Any = None) -> None:
@@ -68,6 +68,9 @@ class Painter:
         self.deconvnet = DeconvNet(model, mined.input_size)
         self._check()
         self.mean, self.std = _preprocessing(mined)
+        for name, layer in mined.items():
+            # One map of each layer, so that whatever its projections lack shows now and not when half is done.
+            self.tiles(name, layer.count.argmax().reshape(1).tolist())
 
     def tiles(self, layer: str, units: Sequence[int]) -> Tiles:
         """The entries of these maps of a layer."""

@@ -575,7 +575,7 @@ async function render(before) {
     hits.clear();
   }
   if (state.map === null) {
-    if ($("map").open) $("map").close();
+    if ($("map").open) leaveMap(before);
     return;
   }
   if (!$("map").open) {
@@ -617,6 +617,16 @@ function setControl(on) {
   state.control = on;
   $("control").checked = $("map-control").checked = on;
   render(before).catch(complain);
+}
+
+/** Close the map and go on from its card. */
+function leaveMap({ layer, map }) {
+  $("map").close();
+  const at = grid.items.findIndex((item) => item.layer.name === layer && item.unit === map);
+  if (at < 0) return;
+  grid.add(at);
+  grid.activate(at);
+  grid.move(0);
 }
 
 const closeMap = () => go({ map: null, rank: 0, in: "", layer: state.in === "all" ? null : state.layer });
