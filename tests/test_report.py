@@ -102,6 +102,38 @@ def test_tiles_are_the_same_from_what_mining_kept(found):
             assert np.abs(difference).max() <= 1
 
 
+class Residual(torch.nn.Module):
+    """A sum, through which there is only the dense path, whose projections are whole images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 6, 5, 2, 2), torch.nn.Conv2d(6, 6, 3, padding=1)
+        self.third = torch.nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return self.third((self.second(x) + x).relu()).relu()
+
+
+def test_tiles_behind_a_sum_are_receptive_fields_too(found):
+    torch.manual_seed(0)
+    model, dataset = Residual().eval(), list(found.images)
+    mined = mine(model, dataset, ["third"], batch_size=8, progress=False)
+    painter, against = Painter(mined, model, dataset=dataset), control.Control(mined, model, dataset=dataset)
+    tiles = painter.tiles("third", range(4))
+    line, net = mined["third"].layer, DeconvNet(model)
+    assert tiles.pixels.shape[2:] == line.receptive_field == tiles.projections.shape[1:3] == tiles.patches.shape[1:3]
+    assert against.pixels("third", tiles).shape == tiles.pixels.shape
+    assert list(zip(tiles.units, tiles.ranks, strict=True)) == [
+        (unit, rank) for unit in range(4) for rank in range(int(mined["third"].count[unit]))
+    ]
+    for pixels, box, unit, rank in zip(tiles.pixels, tiles.boxes, tiles.units, tiles.ranks, strict=True):
+        position = mined["third"].positions[unit, rank]
+        assert tuple(box) == net.box("third", position.tolist())
+        whole = net.project(found.images[mined["third"].images[unit, rank]][None], "third", int(unit), position[None])
+        assert np.abs(pixels).sum() == pytest.approx(float(whole.abs().sum()), rel=1e-4)  # nothing was cut off
+
+
 # Data
 
 

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 from zfcuda.deconv import DeconvNet
 from zfcuda.deconv.deconvnet import Gate
 from zfcuda.deconv.mined import Mined, MinedLayer
-from zfcuda.report.tiles import Tiles, inside, network_input
+from zfcuda.report.tiles import Tiles, in_boxes, inside, network_input
 
 __all__ = ["Control", "shuffled", "similarity"]
 
@@ -100,7 +100,7 @@ class Control:
             self._rerun(mined, tiles.units[rows], tiles.ranks[rows])
             for rows in np.split(np.arange(len(tiles.units)), range(BATCH, len(tiles.units), BATCH))
         ]
-        return np.concatenate(parts)
+        return in_boxes(np.concatenate(parts), tiles.boxes)
 
     def similarities(self, tiles: Tiles, control: NDArray[np.float32]) -> list[float]:
         """`similarity` of each tile and its control."""

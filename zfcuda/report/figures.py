@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,8 @@ def fig2(
     ValueError
         If ``units`` is empty.
     """
-    painter = Painter(mined, model, gate, dataset)
-    return _figure(painter, layer, _checked(mined, layer, units))
+    painter = _painter(mined, model, layer, gate, dataset)
+    return _figure(painter, _checked(mined, layer, units))
 
 
 def book(
@@ -78,13 +79,13 @@ def book(
     path = Path(path)
     if path.suffix != ".pdf":
         raise ValueError(f"path is {str(path)!r}; a book of many pages must end in .pdf")
-    painter = Painter(mined, model, gate, dataset)
+    painter = _painter(mined, model, layer, gate, dataset)
     units = _checked(mined, layer, None)
     part = path.with_name(f".part-{path.name}")
     try:
         with matplotlib.rc_context({"pdf.fonttype": 42}), PdfPages(part) as pages:
             for start in range(0, len(units), PAGE):
-                pages.savefig(_figure(painter, layer, units[start : start + PAGE]), dpi=DPI)
+                pages.savefig(_figure(painter, units[start : start + PAGE]), dpi=DPI)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -117,7 +118,14 @@ def _checked(mined: Mined, layer: str, units: Sequence[int] | None) -> list[int]
     return chosen
 
 
-def _figure(painter: Painter, layer: str, units: list[int]) -> Figure:
+def _painter(mined: Mined, model: torch.nn.Module, layer: str, gate: Gate, dataset: Any) -> Painter:
+    """Of this layer alone, so that others may lack what they need."""
+    found = mined[layer]
+    return Painter(replace(mined, layers={found.layer.name: found}), model, gate, dataset)
+
+
+def _figure(painter: Painter, units: list[int]) -> Figure:
+    (layer,) = painter.mined
     tiles = painter.tiles(layer, units)
     rows = math.ceil(len(units) / COLUMNS)
     gap, label, head = 0.08, 0.16, 0.42  # inches

@@ -18,13 +18,13 @@ from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.mining import fingerprint
 from zfcuda.report import pictures
 
-__all__ = ["Painter", "Tiles", "inside", "network_input", "windows"]
+__all__ = ["Painter", "Tiles", "in_boxes", "inside", "network_input", "windows"]
 
 Array = NDArray[Any]
 
 
 class Tiles(NamedTuple):
-    """The entries of some maps, in the order of ``units`` and ``ranks``.
+    """The entries of some maps, map by map, the strongest first.
 
     Attributes
     ----------
@@ -79,25 +79,29 @@ class Painter:
         if not alive:
             return _no_tiles()
         projected = self.deconvnet.project_mined(self.mined, layer, alive, gate=self.gate, dataset=self.dataset)
-        pixels = projected.pixels.float().cpu().numpy()
-        boxes = projected.boxes.cpu().numpy()
-        values = self._patches(mined, projected.units, projected.ranks, boxes)
+        which, ranks = projected.units.cpu(), projected.ranks.cpu()
+        boxes = self._boxes(mined, which, ranks)
+        pixels = in_boxes(projected.pixels.float().cpu().numpy(), boxes)
+        order = np.lexsort((ranks, which))  # projections that needed the images come image by image
+        which, ranks, boxes, pixels = which[order], ranks[order], boxes[order], pixels[order]
+        values = self._patches(mined, which, ranks, boxes)
         patches = pictures.patches(values, self.mean, self.std)
         for patch, box in zip(patches, boxes, strict=True):
             patch[~inside(box, self.mined.input_size)] = pictures.GREY
-        return Tiles(
-            projected.units.numpy(),
-            projected.ranks.numpy(),
-            boxes,
-            pixels,
-            values,
-            pictures.projections(pixels),
-            patches,
-        )
+        shown = pictures.projections(pixels)
+        return Tiles(which.numpy(), ranks.numpy(), boxes, pixels, values, shown, patches)
 
     def picture(self, image: int) -> pictures.Picture:
         """An image of the data set as the network saw it."""
         return pictures.patch(network_input(self.dataset, image).numpy(), self.mean, self.std)
+
+    def _boxes(self, mined: MinedLayer, units: torch.Tensor, ranks: torch.Tensor) -> Array:
+        """The receptive fields; the whole image for fully connected units."""
+        line = mined.layer
+        if mined.positions is None or line.start is None or line.jump is None or line.receptive_field is None:
+            return np.tile((0, 0, *self.mined.input_size), (len(units), 1))
+        start = np.array(line.start) + mined.positions[units, ranks].numpy() * line.jump
+        return np.concatenate((start, start + line.receptive_field), 1)
 
     def _patches(self, mined: MinedLayer, units: torch.Tensor, ranks: torch.Tensor, boxes: Array) -> Array:
         if mined.patches is not None:
@@ -145,6 +149,12 @@ def network_input(dataset: Any, image: int) -> torch.Tensor:
     """An image of a map-style data set, (C, H, W): the item itself, or the first part of it."""
     item = dataset[image]
     return torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item).float()
+
+
+def in_boxes(projections: Array, boxes: Array) -> Array:
+    """Projections (n, C, h, w) as those boxes alone, where they are whole images: those of the dense path."""
+    size = tuple((boxes[0, 2:] - boxes[0, :2]).tolist()) if len(boxes) else projections.shape[2:]
+    return projections if projections.shape[2:] == size else windows(list(projections), boxes)
 
 
 def windows(images: Sequence[Array], boxes: Array) -> Array:
