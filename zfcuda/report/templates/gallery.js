@@ -592,7 +592,7 @@ function showScope(layer) {
   shown = key;
   $("heading").textContent = layer ? layer.name : "All layers";
   $("facts").textContent = !layer ? summary.title
-    : [layer.field ? `each position sees ${layer.field[0]} × ${layer.field[1]} pixels` : "each unit sees the whole image",
+    : [layer.field ? `Each position sees ${layer.field[0]} × ${layer.field[1]} pixels` : "Each unit sees the whole image",
       layer.size ? `maps of ${layer.size[0]} × ${layer.size[1]}` : "",
       `active in ${share(1 - layer.sparsity)} of the images on average`,
       layer.similarity === null ? "" : `similarity with random weights ${number(layer.similarity)}`].filter(Boolean).join(" · ");
