@@ -109,3 +109,24 @@ def test_filters_each_or_common_scale():
 def test_errors_name_the_argument(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_many_pictures_at_once_are_those_of_one_by_one(channels):
+    values = RNG.normal(size=(4, channels, 30, 20)).astype(np.float32)
+    values[1] = 0
+    kept = values.copy()
+    for many, one in zip(pictures.projections(values), values, strict=True):
+        difference = many.astype(int) - pictures.projection(one, pictures.white(one))
+        assert np.abs(difference).max() <= 1  # float32 against float64
+    mean, std = np.arange(channels) + 100.0, np.full(channels, 60.0)
+    for many, one in zip(pictures.patches(values, mean, std), values, strict=True):
+        assert np.abs(many.astype(int) - pictures.patch(one, mean, std)).max() <= 1
+    np.testing.assert_array_equal(values, kept)
+
+
+def test_white_clips_one_in_two_hundred_of_what_is_not_zero():
+    values = np.concatenate([np.zeros(5000), RNG.permutation(np.arange(1.0, 1001))])
+    scale = pictures.white(values)
+    assert (values > scale).sum() == 5
+    assert pictures.white(np.zeros((3, 4))) == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zfcuda.deconv.mined import Preprocessing, Source
 
-__all__ = ["SUFFIXES", "ImageFiles"]
+__all__ = ["SUFFIXES", "ImageFiles", "eight_bits"]
 
 #: Files of a folder that count as images.
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -85,7 +85,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """The network's input, float32 (channels, height, width), and the label; -1 where there is none."""
         with Image.open(self.paths[index]) as file:
-            picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGB" if self.channels == 3 else "L")
+            picture = eight_bits(ImageOps.exif_transpose(file)).convert("RGB" if self.channels == 3 else "L")
         top, left, bottom, right = self._box(picture.height, picture.width)
         height, width = self.input_size
         resized = picture.resize((width, height), Image.Resampling.BICUBIC, (left, top, right, bottom))
@@ -125,7 +125,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return top, left, top + h, left + w
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
+def eight_bits(picture: Image.Image) -> Image.Image:
     """Pictures of 16 bits as 8, which PIL would clip."""
     if picture.mode.startswith("I"):
         return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
