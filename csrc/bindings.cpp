@@ -59,6 +59,10 @@ struct type_caster<zfcuda::PoolShape> : zfcuda::tuple_caster<zfcuda::PoolShape> 
 template <>
 struct type_caster<zfcuda::NormShape> : zfcuda::tuple_caster<zfcuda::NormShape> {};
 template <>
+struct type_caster<zfcuda::WindowShape> : zfcuda::tuple_caster<zfcuda::WindowShape> {};
+template <>
+struct type_caster<zfcuda::CropShape> : zfcuda::tuple_caster<zfcuda::CropShape> {};
+template <>
 struct type_caster<zfcuda::Exec> : zfcuda::tuple_caster<zfcuda::Exec> {};
 template <>
 struct type_caster<zfcuda::Dtype> : zfcuda::enum_caster<zfcuda::Dtype> {};
@@ -98,6 +102,12 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     m.def("find_invalid_switch", &find_invalid_switch, nogil());
     m.def("local_response_norm", &local_response_norm, nogil());
     m.def("local_response_norm_gradient", &local_response_norm_gradient, nogil());
+    m.def("window_deconv2d_packed", &window_deconv2d_packed);
+    m.def("window_deconv2d_pack", &window_deconv2d_pack, nogil());
+    m.def("window_deconv2d_workspace", &window_deconv2d_workspace);
+    m.def("window_deconv2d", &window_deconv2d, nogil());
+    m.def("crop_windows", &crop_windows, nogil());
+    m.def("map_maximum", &map_maximum, nogil());
     m.def("target", &target);
     m.def("machine", &machine);
 }

@@ -93,6 +93,42 @@ void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double al
                                   double k, Address input, Address grad_output, Address grad_input,
                                   const Exec& exec);
 
+// One step of a receptive-field-local projection, all windows at once:
+//
+//   maps  = pooled() ? unpool(signal, switches) : signal       overlaps summed
+//   image = conv_transpose(gate(maps), weight), zero outside the whole image below
+//
+// `signal` (windows, pooled_height, pooled_width, out_channels), or out_height, out_width without a
+// pool; `switches` of the same size, 255 where a window has none; `positive`, for the gates
+// backprop and guided only: bit c % 8 of byte c / 8 at (windows, out_height, out_width,
+// bit_bytes()) says that the forward map is not <= 0; `origins` int64 (windows, 2): row and column
+// in the image below of the result's first position, perhaps negative; `image` (windows, in_height,
+// in_width, in_channels).
+//
+// The weight is packed once for many calls, in a form that is the backend's own: `packed` has room
+// for as many bytes as window_deconv2d_packed says, and serves every shape that differs from that
+// of window_deconv2d_pack in `windows` and the image's size alone.
+std::int64_t window_deconv2d_packed(const WindowShape& shape, Dtype dtype, const Exec& exec);
+void window_deconv2d_pack(const WindowShape& shape, Dtype dtype, Address weight, Address packed,
+                          const Exec& exec);
+std::int64_t window_deconv2d_workspace(const WindowShape& shape, Dtype dtype, const Exec& exec);
+void window_deconv2d(const WindowShape& shape, Dtype dtype, Gate gate, Address signal,
+                     Address switches, Address positive, Address packed, Address origins,
+                     Address image, Address workspace, const Exec& exec);
+
+// windows[i] = image images[i] from row origins[i][0] and column origins[i][1] on; outside it each
+// byte is `fill`. `images` int64 (windows), `origins` int64 (windows, 2).
+void crop_windows(const CropShape& shape, Address source, Address images, Address origins,
+                  Address windows, const Exec& exec);
+
+// The maximum of each map (n, c) of the shape's input and the index (row * width + column) of its
+// first position, from the pooled values and their switches where they are given: then only
+// positions that no window covers are read from `input`, for windows without gaps (stride at most
+// kernel, dilation 1). NaN is passed over; a map of nothing but NaN gives -infinity and 0.
+// `values` (batch, channels), `positions` int64 (batch, channels).
+void map_maximum(const PoolShape& shape, Dtype dtype, Address input, Address pooled,
+                 Address switches, Address values, Address positions, const Exec& exec);
+
 // What this module was compiled for: "x86-64-v4", or "sm_75 sm_80 sm_90 sm_120 compute_120".
 std::string target();
 

@@ -86,4 +86,40 @@ struct NormShape {
     ZF_HD std::int64_t elements() const { return batch * channels * height * width; }
 };
 
+// One step down for windows of a map: a batch of small transposed convolutions, perhaps through a
+// pool first. All tensors are dense, n,height,width,channels. Nothing is padded here: padding only
+// moves a window's origin (Python computes it), so a window of out_height rows of the maps reaches
+// in_height = (out_height - 1) * stride_h + (kernel_h - 1) * dilation_h + 1 rows of the image
+// below, and a window of pooled_height rows of the pool unpools to out_height rows in the same way.
+struct WindowShape {
+    std::int64_t windows;   // of this call
+    std::int64_t expected;  // of all calls with one packed weight; the way to compute depends on it
+    std::int64_t in_channels, in_height, in_width;     // of the result
+    std::int64_t out_channels, out_height, out_width;  // of the maps
+    std::int64_t kernel_h, kernel_w;
+    std::int64_t stride_h, stride_w;
+    std::int64_t dilation_h, dilation_w;
+    std::int64_t groups;
+    std::int64_t image_height, image_width;  // of the whole map that the results are windows of
+    // The pool that the signal comes down through; all 0 where there is none.
+    std::int64_t pooled_height, pooled_width;
+    std::int64_t pool_kernel_h, pool_kernel_w;
+    std::int64_t pool_stride_h, pool_stride_w;
+    std::int64_t pool_dilation_h, pool_dilation_w;
+
+    ZF_HD bool pooled() const { return pool_kernel_h != 0; }
+    ZF_HD std::int64_t in_per_group() const { return in_channels / groups; }
+    ZF_HD std::int64_t out_per_group() const { return out_channels / groups; }
+    ZF_HD std::int64_t taps() const { return kernel_h * kernel_w; }
+    // Bytes of one position's bits in `positive`.
+    ZF_HD std::int64_t bit_bytes() const { return (out_channels + 7) / 8; }
+};
+
+// Windows cut from dense images of n,height,width positions of `bytes` bytes each.
+struct CropShape {
+    std::int64_t images, height, width, bytes;
+    std::int64_t windows, window_height, window_width;
+    std::int64_t fill;  // the byte outside the image
+};
+
 }  // namespace zfcuda

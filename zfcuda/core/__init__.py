@@ -79,7 +79,12 @@ def run(function: str, like: Tensor, *arguments: Any) -> None:
     call(*map(_address, arguments), _exec(like.device))
 
 
+def room(function: str, like: Tensor, *arguments: Any) -> Tensor:
+    """As many uninitialised bytes as ``function`` answers to these arguments."""
+    size = getattr(_backend(like.device), function)(*arguments, _exec(like.device))
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
 def workspace(function: str, like: Tensor, *arguments: Any) -> Tensor:
     """The scratch memory that ``function`` asks for with these arguments, uninitialised."""
-    size = getattr(_backend(like.device), f"{function}_workspace")(*arguments, _exec(like.device))
-    return torch.empty(size, dtype=torch.uint8, device=like.device)
+    return room(f"{function}_workspace", like, *arguments)

@@ -1,21 +1,18 @@
-"""The deconvnet of Zeiler & Fergus (2014), section 2.1: activations projected back to pixels.
-
-This is the dense path: whole maps travel down, for every projection. It is exact, general, and the
-reference for faster ones.
-"""
+"""The deconvnet of Zeiler & Fergus (2014), section 2.1: activations projected back to pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zfcuda import ops
-from zfcuda.deconv.chain import Step, chain
+from zfcuda.deconv import dense
+from zfcuda.deconv.dense import Record
+from zfcuda.deconv.graph import trace
+from zfcuda.deconv.layers import describe
+from zfcuda.deconv.node import laid_out
 from zfcuda.deconv.receptive_field import Box, Field, Layer
 
 __all__ = ["DeconvNet", "Record", "Strongest"]
@@ -38,61 +35,46 @@ class Strongest(NamedTuple):
     positions: Tensor | None
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one forward pass leaves behind, in the order of the chain.
-
-    Attributes
-    ----------
-    images : Tensor (N, C, H, W)
-        The input.
-    maps : mapping of str to Tensor
-        The output of every layer by its name, rectified where a ReLU follows: (N, K, h, w) or (N, K).
-    switches : mapping of str to Tensor
-        uint8 (N, K, h, w): the position within its window of each pooled maximum, by the pool's name.
-    logits : Tensor
-        The output of the last layer.
-    """
-
-    images: Tensor
-    maps: Mapping[str, Tensor]
-    switches: Mapping[str, Tensor]
-    logits: Tensor
-
-
 class DeconvNet:
     """Projects activations of a network to the pixels that caused them.
 
     From one activation down, layer by layer (section 2.1): *unpool* by the image's own switches,
     *rectify* the reconstruction, *filter* with the transposed filters, without bias. Contrast normalisation
-    is skipped; linear layers are transposed. With ``W`` a layer's filters, ``S`` its switches and ``g`` the
+    is skipped; every other linear map is transposed. With ``W`` a layer's filters, ``S`` its switches and ``g`` the
     gate::
 
         signal below = Wᵀ g(Sᵀ signal)
 
-    Layers are named as in ``model.named_modules()``. The map of a convolution, or of a linear layer, is the
-    rectified one if a ReLU follows it; the ReLU's own name means the same map. Parameters are read at each call; they
-    must not change between a record and its projection. Forward hooks of the modules do not run.
+    Where branches meet, in a sum or a concatenation, the signal goes down each of them (its own channels of a
+    concatenation), and where a map feeds several layers their signals are added: the transpose of a copy is a
+    sum. Batch normalisation is, in evaluation mode, an affine map of each channel: folded into the convolution
+    before it where nothing else sees that one's map, else the signal is multiplied by its scale; never skipped.
+
+    Layers are named as in ``model.named_modules()``; `zfcuda.deconv.graph.trace` says how the others are called. The
+    map of a convolution, or of a linear layer, is the normalised and rectified one if batch normalisation and a ReLU
+    follow it and nothing else sees the map before them; their names mean the same map. Parameters are read at each
+    call; they must not change between a record and its projection. Forward hooks of the modules do not run.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A `zfcuda.models.ZFNet` or any `torch.nn.Sequential`, nested or not, of Conv2d, ConvReLU2d, ReLU, MaxPool2d,
-        LocalResponseNorm, dropout, Flatten, Linear and Identity. It is not changed.
+        A feed-forward network that `torch.fx` can follow, such as `zfcuda.models.ZFNet`, any `torch.nn.Sequential`, or
+        torchvision's AlexNet, VGG, SqueezeNet, GoogLeNet, ResNet and DenseNet: convolutions, linear layers, ReLU
+        (modules, functions, in place, used several times), max-, average and adaptive pools, contrast and batch
+        normalisation, flattening, dropout, sums, concatenations, products with constants. It is not changed.
     input_size : (int, int), optional
         Height and width of the images, for the sizes in `layers`; default ``model.input_size`` where it has one.
 
     Raises
     ------
     TypeError
-        If the model holds a layer that cannot be projected through; the message names it and says why.
+        If the model does something that cannot be projected through; the message names it and says why.
     """
 
     def __init__(self, model: torch.nn.Module, input_size: tuple[int, int] | None = None) -> None:
         self.model = model
         self.input_size = input_size or getattr(model, "input_size", None)
-        self._steps = chain(model)
-        self._index = {n: i for i, step in enumerate(self._steps) for n in (step.name, *step.aliases)}
+        self.graph = trace(model)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Record:
@@ -118,35 +100,13 @@ class DeconvNet:
             raise RuntimeError(
                 f"images has shape {tuple(images.shape)}; it must be (N, C, H, W): add a batch with unsqueeze(0)"
             )
-        maps: dict[str, Tensor] = {}
-        switches: dict[str, Tensor] = {}
-        x = images
-        for step in self._steps:
-            x, switch = _up(step, x)
-            maps |= dict.fromkeys((step.name, *step.aliases), x)
-            if switch is not None:
-                switches[step.name] = switch
-        return Record(images, MappingProxyType(maps), MappingProxyType(switches), x)
+        return dense.up(self.graph, images)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Every layer that can be projected: name, kind, channels, size and receptive field."""
-        out: list[Layer] = []
-        size, channels, field = self.input_size, None, Field()
-        flat = False
-        for step in self._steps:
-            if step.window:
-                field = field.through(step.window)
-                size = size and step.window.output_size(size)
-            if step.kind == "flatten":
-                channels = channels * size[0] * size[1] if channels and size else None
-                flat = True
-            channels = getattr(
-                step.module, {"conv": "out_channels", "linear": "out_features"}.get(step.kind, ""), channels
-            )
-            where = (None,) * 4 if flat else (size, field.size, field.jump, field.start)
-            out.append(Layer(step.name, step.kind, step.aliases, channels, *where))
-        return tuple(out)
+        """Every layer that can be projected: name, kind, channels, size, receptive field and memory."""
+        parameter = next(self.model.parameters(), torch.empty(0))
+        return describe(self.graph, self.input_size, parameter.element_size())
 
     def box(self, layer: str, position: Sequence[int]) -> Box:
         """The pixels of the network's input that a position of a layer sees (its receptive field).
@@ -168,9 +128,12 @@ class DeconvNet:
         ValueError
             For an unknown layer, or one that sees the whole image at once (flattened and fully connected).
         """
-        info = self.layers[self._find(layer)]
+        info = self.layers[self.graph.find(layer)]
         if info.receptive_field is None or info.jump is None or info.start is None:
-            raise ValueError(f"layer {layer!r} has no positions; each of its units sees the whole image")
+            raise ValueError(
+                f"layer {layer!r} has no receptive fields: each of its units sees the whole image, or the sizes of "
+                "adaptive pools are not known (give input_size)"
+            )
         return Field(info.receptive_field, info.jump, info.start).box((int(position[0]), int(position[1])))
 
     @torch.no_grad()
@@ -197,7 +160,7 @@ class DeconvNet:
         ValueError, IndexError
             For an unknown layer, or a unit out of range.
         """
-        map_ = record.maps[self._steps[self._find(layer)].name]
+        map_ = record.maps[self.graph.nodes[self.graph.find(layer)].name]
         index = _unit_index(map_, layer, units)
         positions = _strongest_positions(map_, index)
         values = _gather(map_, index, positions)
@@ -216,7 +179,7 @@ class DeconvNet:
         ValueError
             For an unknown layer.
         """
-        map_ = record.maps[self._steps[self._find(layer)].name]
+        map_ = record.maps[self.graph.nodes[self.graph.find(layer)].name]
         return map_.reshape(*map_.shape[:2], map_.shape[2:].numel()).amax(2).argmax(1)
 
     @torch.no_grad()
@@ -277,8 +240,8 @@ class DeconvNet:
             raise ValueError(f"overlap is {overlap!r}; it must be 'sum' or 'overwrite'")
         if not isinstance(record, Record):
             record = self(record)
-        top = self._find(layer)
-        map_ = record.maps[self._steps[top].name]
+        top = self.graph.find(layer)
+        map_ = record.maps[self.graph.nodes[top].name]
         index = _unit_index(map_, layer, units)
         single = _is_single(units)
         if position is None:
@@ -291,125 +254,17 @@ class DeconvNet:
             where = [torch.arange(len(rows), device=rows.device), index.flatten()[rows]]
             if positions is not None:
                 where += positions.flatten(0, 1)[rows].unbind(-1)
-            signal = map_.new_zeros(len(rows), *map_.shape[1:])
+            signal = laid_out(map_.new_zeros(len(rows), *map_.shape[1:]))
             signal[tuple(where)] = starts.flatten()[rows]
-            out[rows] = self._down(signal, top, record, rows // index.shape[1], gate, overlap)
+            out[rows] = dense.down(self.graph, top, signal, record, rows // index.shape[1], gate, overlap)
         shape = record.images.shape[:1] if single else index.shape
         return out.view(*shape, *record.images.shape[1:])
 
-    def _find(self, layer: str) -> int:
-        """The step of a layer's name."""
-        if layer not in self._index:
-            raise ValueError(f"layer is {layer!r}; it must be one of {', '.join(self._index)}")
-        return self._index[layer]
-
     def _chunk(self, record: Record, top: int) -> int:
         """Projections that go down together, so that memory stays bounded."""
-        tensors = [record.images, *(record.maps[step.name] for step in self._steps[: top + 1])]
+        tensors = [record.images, *(record.maps[node.name] for node in self.graph.nodes[: top + 1])]
         largest = max(t[:1].numel() * t.element_size() for t in tensors)
         return max(CHUNK_BYTES // max(largest, 1), 1)
-
-    def _down(self, signal: Tensor, top: int, record: Record, images: Tensor, gate: str, overlap: str) -> Tensor:
-        """From layer ``top`` to pixels; ``images`` tells which image each signal belongs to."""
-        for i in range(top, -1, -1):
-            step = self._steps[i]
-            below = record.maps[self._steps[i - 1].name] if i > 0 else record.images
-            forward = None
-            if gate != "deconvnet" and (step.rectified or step.kind == "relu"):
-                forward = record.maps[step.name][images]
-            switches = record.switches[step.name][images] if step.kind == "pool" else None
-            signal = _step_down(step, signal, below.shape, forward, switches, gate, overlap)
-        return signal
-
-
-def _up(step: Step, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """One step forward: its output, and the switches of a pool."""
-    module, window = step.module, step.window
-    if step.kind == "conv":
-        assert window is not None
-        convolve = ops.conv2d_relu if step.rectified else torch.nn.functional.conv2d
-        slide = (window.stride, window.padding, window.dilation)
-        return convolve(x, module.weight, module.bias, *slide, module.groups), None
-    if step.kind == "pool":
-        assert window is not None
-        return ops.max_pool2d(x, window.kernel, window.stride, window.padding, window.dilation, window.ceil)
-    if step.kind == "linear":
-        x = torch.nn.functional.linear(x, module.weight, module.bias)
-        return (x.relu() if step.rectified else x), None
-    if step.kind == "norm":
-        return ops.local_response_norm(x, module.size, module.alpha, module.beta, module.k), None
-    if step.kind == "relu":
-        return x.relu(), None
-    if step.kind == "flatten":
-        return x.flatten(1), None
-    return _check_identity(step, x), None
-
-
-def _check_identity(step: Step, x: Tensor) -> Tensor:
-    """An adaptive pool to the size that the maps have already."""
-    size = step.module.output_size
-    wanted = (size, size) if isinstance(size, int) else tuple(size)
-    if any(w is not None and w != have for w, have in zip(wanted, x.shape[2:], strict=True)):
-        raise RuntimeError(
-            f"{step.name} ({type(step.module).__name__}) would pool maps of {tuple(x.shape[2:])} to {wanted}; "
-            "DeconvNet goes through it only where it changes nothing: use images of the size the model was made for"
-        )
-    return x
-
-
-def _step_down(
-    step: Step,
-    signal: Tensor,
-    below: torch.Size,
-    forward: Tensor | None,
-    switches: Tensor | None,
-    gate: str,
-    overlap: str,
-) -> Tensor:
-    """One step back: from a signal of the size of the step's output to one of the size of its input."""
-    window = step.window
-    if step.kind == "conv":
-        assert window is not None
-        return ops.deconv2d(
-            signal,
-            step.module.weight,
-            None,
-            window.stride,
-            window.padding,
-            _output_padding(step, signal.shape, below),
-            step.module.groups,
-            window.dilation,
-            gate=gate if step.rectified else "none",
-            forward=forward,
-        )
-    if step.kind == "pool":
-        assert window is not None
-        assert switches is not None
-        slide = (window.kernel, window.stride, window.padding, window.dilation)
-        return ops.max_unpool2d(signal, switches, *slide, output_size=below[2:], overlap=overlap)
-    if step.kind == "linear":
-        return (_gated(signal, forward, gate) if step.rectified else signal) @ step.module.weight
-    if step.kind == "relu":
-        return _gated(signal, forward, gate)
-    if step.kind == "flatten":
-        return signal.unflatten(1, below[1:])
-    return signal  # normalisation is skipped
-
-
-def _gated(signal: Tensor, forward: Tensor | None, gate: str) -> Tensor:
-    """The gate where no convolution follows; ``deconv2d`` has its own."""
-    if gate != "backprop":
-        signal = signal.relu()
-    return signal if forward is None else signal.masked_fill(forward <= 0, 0)
-
-
-def _output_padding(step: Step, maps: torch.Size, below: torch.Size) -> list[int]:
-    """Pixels at the bottom and right that no window of the convolution reached."""
-    window = step.window
-    assert window is not None
-    return [
-        below[2 + d] - ((maps[2 + d] - 1) * window.stride[d] - 2 * window.padding[d] + window.extent[d]) for d in (0, 1)
-    ]
 
 
 def _is_single(units: Units) -> bool:

@@ -76,6 +76,14 @@ class Field:
             (self.start[0] - window.padding[0] * jy, self.start[1] - window.padding[1] * jx),
         )
 
+    def union(self, other: Field) -> Field | None:
+        """The smallest field that holds both; None where they move at different rates."""
+        if self.jump != other.jump:
+            return None
+        start = (min(self.start[0], other.start[0]), min(self.start[1], other.start[1]))
+        end = [max(a + n, b + m) for a, n, b, m in zip(self.start, self.size, other.start, other.size, strict=True)]
+        return Field((end[0] - start[0], end[1] - start[1]), self.jump, start)
+
     def box(self, position: Pair) -> Box:
         """The pixels that a position sees; they may reach beyond the image."""
         top = self.start[0] + position[0] * self.jump[0]
@@ -90,15 +98,23 @@ class Layer:
     Attributes
     ----------
     name, kind : str
-        The module's name, and ``conv``, ``relu``, ``pool``, ``norm``, ``identity``, ``flatten`` or ``linear``.
+        The module's name, and its kind: ``conv``, ``linear``, ``relu``, ``pool``, ``adaptive_pool``, ``norm``,
+        ``affine``, ``average``, ``flatten``, ``add``, ``concat`` or ``channels``.
     aliases : tuple of str
-        Other modules with the same map: the ReLU after a convolution, dropout.
+        Other modules with the same map: the ReLU after a convolution, batch normalisation folded into it, dropout.
     channels : int or None
         Maps, or units; None where only an image can tell.
     size : (int, int) or None
         Height and width of a map; None without positions, or where the input's size is not known.
     receptive_field, jump, start : (int, int) or None
-        Position (y, x) sees ``receptive_field`` pixels from ``start + (y, x) * jump`` on. None: all of them.
+        Position (y, x) sees ``receptive_field`` pixels from ``start + (y, x) * jump`` on. None: all of them, or, below
+        adaptive pools and where branches meet, no such rule. Where branches meet, the smallest box around all of them.
+    map_bytes : int or None
+        Memory of the layer's output for one image.
+    switch_bytes : int or None
+        Memory of the switches that the projection of one activation needs: one byte for each channel and position of
+        every pool below it (and its own) within its receptive field, borders included. None where a projection from
+        this layer goes through the whole maps.
     """
 
     name: str
@@ -109,3 +125,5 @@ class Layer:
     receptive_field: Pair | None
     jump: Pair | None
     start: Pair | None
+    map_bytes: int | None
+    switch_bytes: int | None

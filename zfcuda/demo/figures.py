@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from zfcuda import DeconvNet
@@ -20,7 +19,6 @@ from zfcuda.report import pictures
 from zfcuda.report.pictures import Picture
 
 CELL = {"conv1": 63, "conv2": 81, "conv3": 75, "conv4": 96, "conv5": 96}  # side of a small picture
-WHITE = 0.995  # the part of a projection's values that its scale covers; the few beyond are clipped
 ON_FIGURE = 16  # maps of a layer on its figure, at most
 
 
@@ -55,16 +53,10 @@ def layer_pictures(
             square = patch_box(deconvnet, layer, spot.row, spot.column, size)
             top, left, side = int(square.top), int(square.left), int(square.side)
             inside = np.s_[:, top : top + side, left : left + side]
-            maps[index].projections.append(pictures.projection(projection[inside], white(projection[inside])))
+            maps[index].projections.append(pictures.projection(projection[inside], pictures.white(projection[inside])))
             maps[index].patches.append(pictures.patch(crop[inside]))
         report(len(batch))
     return maps
-
-
-def white(projection: NDArray[np.float32]) -> float:
-    """The value shown as white: of those that are not zero, all but a few lie below it."""
-    values = np.abs(projection[projection != 0])
-    return float(np.quantile(values, WHITE)) if values.size else 0.0
 
 
 def map_size(layer: str) -> tuple[int, int]:

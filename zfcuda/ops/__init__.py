@@ -1,18 +1,25 @@
 """The paper's operators on compiled CPU and CUDA kernels, with torch's argument names and order."""
 
 from zfcuda.ops.conv2d_relu import conv2d_relu
+from zfcuda.ops.crop_windows import crop_windows
 from zfcuda.ops.deconv2d import deconv2d
 from zfcuda.ops.local_response_norm import local_response_norm
+from zfcuda.ops.map_maximum import map_maximum
 from zfcuda.ops.max_pool2d import max_pool2d
 from zfcuda.ops.max_unpool2d import max_unpool2d
 from zfcuda.ops.switches import indices_to_switches, switches_to_indices
+from zfcuda.ops.window_deconv2d import WindowDeconv2d, window_deconv2d
 
 __all__ = [
+    "WindowDeconv2d",
     "conv2d_relu",
+    "crop_windows",
     "deconv2d",
     "indices_to_switches",
     "local_response_norm",
+    "map_maximum",
     "max_pool2d",
     "max_unpool2d",
     "switches_to_indices",
+    "window_deconv2d",
 ]

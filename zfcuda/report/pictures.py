@@ -13,10 +13,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-__all__ = ["GREY", "beside", "crop", "enlarge", "fig2", "filters", "grid", "patch", "projection"]
+__all__ = [
+    "GREY",
+    "beside",
+    "crop",
+    "enlarge",
+    "fig2",
+    "filters",
+    "grid",
+    "patch",
+    "patches",
+    "projection",
+    "projections",
+    "white",
+]
 
 #: The picture of zero in a projection, and the fill of everything outside an image.
 GREY = 128
+
+#: The part of a projection's non-zero values that its scale covers; the few beyond are clipped.
+WHITE = 0.995
 
 Picture = NDArray[np.uint8]
 
@@ -59,6 +75,29 @@ def patch(values: ArrayLike, mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> Pic
     """
     values = np.asarray(values, dtype=np.float64)
     return _to_bytes(_rgb(values * _per_channel(std) + _per_channel(mean)))
+
+
+def white(values: ArrayLike) -> float:
+    """A scale for `projection` that the few strongest pixels do not set.
+
+    Of the values that are not zero, one in 200 lies beyond it. 0 where all are zero.
+    """
+    strengths = np.abs(np.asarray(values)).ravel()
+    strengths = strengths[strengths > 0]
+    nth = int(WHITE * max(strengths.size - 1, 0))
+    return float(np.partition(strengths, nth)[nth]) if strengths.size else 0.0
+
+
+def projections(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Many projections (n, 3 or 1, height, width) as pictures (n, height, width, 3), each on the scale of `white`."""
+    scales = np.array([white(image) for image in values], np.float32)
+    factors = np.divide(127, scales, out=np.zeros_like(scales), where=scales > 0)
+    return _batch_to_bytes(values * factors[:, None, None, None] + np.float32(GREY))
+
+
+def patches(values: NDArray[np.float32], mean: ArrayLike = 0.0, std: ArrayLike = 1.0) -> NDArray[np.uint8]:
+    """Many pieces of inputs (n, 3 or 1, height, width) as pictures (n, height, width, 3); see `patch`."""
+    return _batch_to_bytes(values * _per_channel(std).astype(np.float32) + _per_channel(mean).astype(np.float32))
 
 
 def crop(picture: Picture, box: Sequence[int]) -> Picture:
@@ -206,6 +245,12 @@ def _per_channel(value: ArrayLike) -> NDArray[np.float64]:
     """A number for each channel, made to broadcast against (channels, height, width)."""
     value = np.asarray(value, dtype=np.float64)
     return value[:, None, None] if value.ndim == 1 else value
+
+
+def _batch_to_bytes(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(n, 3 or 1, height, width) to uint8 (n, height, width, 3)."""
+    shown = np.rint(np.clip(images, 0, 255)).astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(np.broadcast_to(shown, (*shown.shape[:3], 3)))
 
 
 def _to_bytes(image: NDArray[np.float64]) -> Picture:

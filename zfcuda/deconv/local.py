@@ -1,0 +1,144 @@
+"""The receptive-field-local path: projections that cost what their windows cost.
+
+No bias is added on the way down, so what lies outside the window of an activation stays zero: projecting the
+window alone is exact, at the borders too. All windows of a layer go down together, a step at a time; where windows have
+grown so much that a step's result would leave the cache, the batch goes on in parts.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zfcuda import ops
+from zfcuda.deconv.windows import Kept, Path, Stage, unpack_bits
+
+__all__ = ["Crops", "Local", "paste"]
+
+#: Largest result of a step, but for a single window.
+STEP_BYTES = 4 * 2**20
+
+
+class Crops(NamedTuple):
+    """Projections as crops: the receptive fields alone.
+
+    Attributes
+    ----------
+    pixels : Tensor (…, C, h, w)
+        Zero where the field reaches beyond the image.
+    boxes : Tensor, int64 (…, 4)
+        Top, left, bottom and right in pixels of the network's input, the last two exclusive; they may reach
+        beyond the image.
+    """
+
+    pixels: Tensor
+    boxes: Tensor
+
+
+class Local:
+    """Projects activations of one layer, window by window.
+
+    Parameters
+    ----------
+    path : Path
+        From the layer to the pixels.
+    channels : int
+        Maps of the layer.
+    gate : {"deconvnet", "backprop", "guided"}
+    expected : int
+        About how many activations are to come. Weights are packed here, once for all of them.
+    like : Tensor
+        Of the dtype and on the device of the activations.
+    """
+
+    def __init__(self, path: Path, channels: int, gate: str, expected: int, like: Tensor) -> None:
+        self.path, self.channels = path, channels
+        self.steps: list[_Step] = []
+        kept = 0
+        for stage in path.stages:
+            kept += prod(stage.signal.size) * channels if stage.pool else 0
+            self.steps.append(_Step(stage, channels, gate, expected, like))
+            channels = self.steps[-1].channels
+        self.image_channels = channels
+        #: Of one activation: its switches and its pixels.
+        self.bytes = kept + prod(path.pixels.size) * channels * like.element_size()
+
+    def __call__(self, units: Tensor, starts: Tensor, positions: Tensor, kept: Kept) -> Crops:
+        """Project activations, each given by its unit (n,), value to start from (n,) and position (n, 2)."""
+        signal = starts.new_zeros(len(units), 1, 1, self.channels)
+        signal[torch.arange(len(units), device=units.device), 0, 0, units] = starts
+        size = self.path.pixels.size
+        pixels = starts.new_empty(len(units), *size, self.image_channels)
+        self._down(0, signal, positions, kept, pixels)
+        origins = self.path.pixels.origins(positions)
+        return Crops(pixels.permute(0, 3, 1, 2), torch.cat((origins, origins + origins.new_tensor(size)), 1))
+
+    def _down(self, first: int, signal: Tensor, positions: Tensor, kept: Kept, pixels: Tensor) -> None:
+        """From the signal above step ``first`` to ``pixels``."""
+        for i in range(first, len(self.steps)):
+            step = self.steps[i]
+            part = max(STEP_BYTES // (step.values * signal.element_size()), 1)
+            if part < len(signal):
+                for start in range(0, len(signal), part):
+                    rows = slice(start, start + part)
+                    self._down(i, signal[rows], positions[rows], kept[rows], pixels[rows])
+                return
+            signal = step(signal, positions, kept)
+        pixels.copy_(signal)
+
+
+class _Step:
+    """One stage with its weight packed."""
+
+    def __init__(self, stage: Stage, channels: int, gate: str, expected: int, like: Tensor) -> None:
+        self.stage, node = stage, stage.node
+        self.gated = node is not None and (node.rectified or node.kind == "relu")
+        self.gate = gate if self.gated else "none"
+        self.filters: ops.WindowDeconv2d | None = None
+        self.channels = channels
+        if node is None or node.kind == "conv":
+            self._pack(channels, expected, like)
+        self.values = prod(stage.image.size) * self.channels
+
+    def _pack(self, channels: int, expected: int, like: Tensor) -> None:
+        node, pool = self.stage.node, self.stage.pool
+        undone = None
+        if pool:
+            assert pool.window is not None
+            undone = pool.window.kernel, pool.window.stride, pool.window.dilation
+        if node:
+            assert node.window is not None
+            weight, sliding = node.parameters()[0], (node.window.stride, node.window.dilation, node.groups)
+            self.channels = weight.shape[1] * node.groups
+        else:  # unpooling alone: the filter that changes nothing
+            weight, sliding = like.new_ones(channels, 1, 1, 1), (1, 1, channels)
+        self.filters = ops.WindowDeconv2d(weight, self.stage.signal.size, *sliding, pool=undone, windows=expected)
+
+    def __call__(self, signal: Tensor, positions: Tensor, kept: Kept) -> Tensor:
+        node, stage = self.stage.node, self.stage
+        positive = None
+        if self.gate in ("backprop", "guided"):
+            assert node is not None
+            positive = kept.positive[node.name]
+        if self.filters:
+            origins = stage.image.origins(positions)
+            switches = kept.switches[stage.pool.name] if stage.pool else None
+            return self.filters(
+                signal, origins, stage.image.map_size, gate=self.gate, positive=positive, switches=switches
+            )
+        assert node is not None
+        if node.kind == "affine":
+            return signal * node.parameters()[0]
+        if self.gate in ("deconvnet", "guided"):
+            signal = signal.relu()
+        return signal if positive is None else signal.masked_fill(~unpack_bits(positive, self.channels), 0)
+
+
+def paste(crops: Crops, size: torch.Size) -> Tensor:
+    """The crops in whole images, zero elsewhere: (n, C, height, width)."""
+    pixels = crops.pixels.permute(0, 2, 3, 1)
+    each = torch.arange(len(pixels), device=pixels.device)
+    return ops.crop_windows(pixels, each, -crops.boxes[:, :2], size).permute(0, 3, 1, 2)

@@ -1,0 +1,115 @@
+"""Where maps are strongest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from zfcuda import core
+from zfcuda.ops._common import NAMESPACE, check_shape, check_tensor, dense, memory_format, pair, tensor
+from zfcuda.ops._pool import Window, check_switches
+
+__all__ = ["map_maximum"]
+
+
+def map_maximum(
+    input: Tensor,
+    pooled: Tensor | None = None,
+    switches: Tensor | None = None,
+    kernel_size: int | Sequence[int] = 1,
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> tuple[Tensor, Tensor]:
+    """The maximum of each map and its first position in row-major order.
+
+    Parameters
+    ----------
+    input
+        (batch, channels, height, width), float32 or float64, any strides.
+    pooled, switches
+        What :func:`max_pool2d` gave for ``input`` with the arguments that follow. The maximum is then taken from
+        them, fewer bytes by the pool's stride; of ``input`` only what no window covers is read, and all of it where
+        windows leave gaps.
+    kernel_size, stride, padding, dilation
+        Those of the pool; ``stride=None`` is ``kernel_size``.
+
+    Returns
+    -------
+    values : Tensor
+        (batch, channels). NaN is passed over; a map of nothing but NaN gives ``-inf``. Where a pooled value is NaN,
+        its whole window is passed over.
+    positions : Tensor
+        int64 (batch, channels): ``row * width + column``, as from :func:`torch.argmax` of the flattened map.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong Python type.
+    RuntimeError
+        If a tensor or a size is impossible; the message names the argument and its value.
+    """
+    kernel = pair("kernel_size", kernel_size)
+    tensor("pooled", pooled, optional=True)
+    tensor("switches", switches, optional=True)
+    if (pooled is None) != (switches is None):
+        missing = "pooled" if pooled is None else "switches"
+        raise RuntimeError(f"{missing} is None; give pooled and switches together, or neither")
+    window = Window(
+        kernel,
+        kernel if stride is None else pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+    )
+    gaps = max(window.dilation) > 1 or any(s > k for s, k in zip(window.stride, kernel, strict=True))
+    return _maximum(tensor("input", input), *((None, None) if gaps else (pooled, switches)), *window)
+
+
+def _check(input: Tensor, pooled: Tensor | None, switches: Tensor | None, window: Window) -> list[int]:
+    check_tensor("input", input)
+    if pooled is None or switches is None:
+        return list(input.shape)
+    window.check()
+    check_tensor("pooled", pooled, like=input)
+    sizes = [window.pooled_size(input.shape[2:], ceil_mode) for ceil_mode in (False, True)]
+    fits = all(n in pair for n, pair in zip(pooled.shape[2:], zip(*sizes, strict=True), strict=True))
+    check_shape("pooled", pooled, [*input.shape[:2], *(pooled.shape[2:] if fits else sizes[0])], "the pool of input")
+    check_switches(switches, input, pooled.shape, "the shape of pooled")
+    return list(pooled.shape)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::map_maximum", mutates_args=())
+def _maximum(
+    input: Tensor,
+    pooled: Tensor | None,
+    switches: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    window = Window(kernel_size, stride, padding, dilation)
+    pooled_size = _check(input, pooled, switches, window)
+    layout = memory_format(input)
+    values, positions = input.new_empty(input.shape[:2]), input.new_empty(input.shape[:2], dtype=torch.int64)
+    if values.numel():
+        where = window.shape(input.shape, pooled_size, layout), core.DTYPES[input.dtype]
+        tensors = dense(input, layout), dense(pooled, layout), dense(switches, layout)
+        core.run("map_maximum", input, *where, *tensors, values, positions)
+    return values, positions
+
+
+@_maximum.register_fake
+def _(
+    input: Tensor,
+    pooled: Tensor | None,
+    switches: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    _check(input, pooled, switches, Window(kernel_size, stride, padding, dilation))
+    return input.new_empty(input.shape[:2]), input.new_empty(input.shape[:2], dtype=torch.int64)

@@ -1,0 +1,167 @@
+"""What mining found, as pictures: for every entry of a list its projection and its patch.
+
+A *tile* is one entry: the map (``unit``), its place in the list (``rank``), and two small pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from zfcuda.deconv import DeconvNet
+from zfcuda.deconv.deconvnet import Gate
+from zfcuda.deconv.mined import Mined, MinedLayer
+from zfcuda.report import pictures
+
+__all__ = ["Painter", "Tiles", "inside", "network_input", "windows"]
+
+Array = NDArray[Any]
+
+
+class Tiles(NamedTuple):
+    """The entries of some maps, in the order of ``units`` and ``ranks``.
+
+    Attributes
+    ----------
+    units, ranks : int64 (n,)
+    boxes : int64 (n, 4)
+        Top, left, bottom and right in the network's input; they may reach beyond it.
+    pixels, values : float32 (n, C, h, w)
+        The projections themselves, and the patches in values of the network's input.
+    projections, patches : uint8 (n, h, w, 3)
+    """
+
+    units: Array
+    ranks: Array
+    boxes: Array
+    pixels: Array
+    values: Array
+    projections: Array
+    patches: Array
+
+
+class Painter:
+    """Makes tiles of what was mined.
+
+    Parameters
+    ----------
+    mined : Mined
+    model : torch.nn.Module
+        The network that was mined.
+    gate : {"deconvnet", "backprop", "guided"}
+    dataset : map-style dataset, optional
+        What was mined; needed only for layers that keep no patches, such as fully connected ones.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        If these do not belong together; nothing has been computed then.
+    """
+
+    def __init__(self, mined: Mined, model: torch.nn.Module, gate: Gate = "deconvnet", dataset: Any = None) -> None:
+        self.mined, self.gate, self.dataset = mined, gate, dataset
+        self.deconvnet = DeconvNet(model, mined.input_size)
+        self._check()
+        self.mean, self.std = _preprocessing(mined)
+
+    def tiles(self, layer: str, units: Sequence[int]) -> Tiles:
+        """The entries of these maps of a layer."""
+        mined = self.mined[layer]
+        projected = self.deconvnet.project_mined(mined, units, gate=self.gate, dataset=self.dataset)
+        pixels = projected.pixels.float().numpy()
+        boxes = projected.boxes.numpy()
+        values = self._patches(mined, projected.units, projected.ranks, boxes)
+        patches = pictures.patches(values, self.mean, self.std)
+        for patch, box in zip(patches, boxes, strict=True):
+            patch[~inside(box, self.mined.input_size)] = pictures.GREY
+        return Tiles(
+            projected.units.numpy(),
+            projected.ranks.numpy(),
+            boxes,
+            pixels,
+            values,
+            pictures.projections(pixels),
+            patches,
+        )
+
+    def picture(self, image: int) -> pictures.Picture:
+        """An image of the data set as the network saw it."""
+        return pictures.patch(network_input(self.dataset, image).numpy(), self.mean, self.std)
+
+    def _patches(self, mined: MinedLayer, units: torch.Tensor, ranks: torch.Tensor, boxes: Array) -> Array:
+        if mined.patches is not None:
+            return mined.patches[units, ranks].float().numpy()
+        images = mined.images[units, ranks].tolist()
+        return windows([network_input(self.dataset, image).numpy() for image in images], boxes)
+
+    def _check(self) -> None:
+        known = {layer.name: layer for layer in self.deconvnet.layers}
+        if not self.mined:
+            raise ValueError("mined holds no layers; mine at least one")
+        for name, mined in self.mined.items():
+            if name not in known:
+                raise ValueError(
+                    f"mined has the layer {name!r}, which model does not have; pass the model it came from"
+                )
+            count = len(mined.values)
+            if known[name].channels not in (None, count):
+                raise RuntimeError(
+                    f"mined has {count} maps of layer {name!r}, model {known[name].channels}; "
+                    "pass the model that was mined"
+                )
+            if mined.patches is None and self.dataset is None:
+                raise ValueError(
+                    f"layer {name!r} keeps no patches, so its images are needed again; pass the mined dataset"
+                )
+            if mined.patches is not None and mined.patches.shape[2] not in (1, 3):
+                raise RuntimeError(
+                    f"images have {mined.patches.shape[2]} channels; only 1 or 3 can be shown as pictures"
+                )
+
+
+def network_input(dataset: Any, image: int) -> torch.Tensor:
+    """An image of a map-style data set, (C, H, W): the item itself, or the first part of it."""
+    if not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}; images are looked up again, so it must have __getitem__"
+        )
+    item = dataset[image]
+    return torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item).float()
+
+
+def windows(images: Sequence[Array], boxes: Array) -> Array:
+    """The box of each image (C, H, W), with zeros outside it: (n, C, h, w)."""
+    if not images:
+        return np.empty((0, 3, 1, 1), np.float32)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    out = np.zeros((len(images), len(images[0]), *sizes[0]), np.float32)
+    for window, image, box in zip(out, images, boxes, strict=True):
+        mask = inside(box, image.shape[1:])
+        top, left, bottom, right = box
+        window[:, mask] = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)].reshape(len(image), -1)
+    return out
+
+
+def inside(box: Array, size: tuple[int, int]) -> Array:
+    """Which pixels of a box lie in the image: bool (h, w)."""
+    top, left, bottom, right = (int(side) for side in box)
+    rows, columns = np.arange(top, bottom), np.arange(left, right)
+    return ((rows >= 0) & (rows < size[0]))[:, None] & ((columns >= 0) & (columns < size[1]))
+
+
+def _preprocessing(mined: Mined) -> tuple[Any, Any]:
+    """Mean and standard deviation that undo the loader; where it is not known, all values span black to white."""
+    known = mined.preprocessing
+    if known is not None:
+        return known.mean, known.std
+    patches = [layer.patches for layer in mined.values() if layer.patches is not None and layer.patches.numel()]
+    if not patches:
+        return 128.0, 64.0  # values of about ±2
+    low = min(float(patch.min()) for patch in patches)
+    high = max(float(patch.max()) for patch in patches)
+    std = 255 / max(high - low, 1e-6)
+    return -low * std, std
