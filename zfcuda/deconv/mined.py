@@ -344,9 +344,9 @@ def _from_tensors(layer: Layer, tensors: dict[str, Tensor]) -> MinedLayer:
         {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
         for kind in ("switches.", "positive.")
     )
-    fields = [tensors[name] for name in ("values", "images")]
-    optional = [tensors.get(name) for name in ("positions", "patches")]
-    return MinedLayer(layer, *fields, *optional, tensors["mean"], tensors["sparsity"], switches, positive)
+    values, images, mean, sparsity = (tensors[name] for name in ("values", "images", "mean", "sparsity"))
+    positions, patches = tensors.get("positions"), tensors.get("patches")
+    return MinedLayer(layer, values, images, positions, patches, mean, sparsity, switches, positive)
 
 
 def _tuples(value: Any) -> Any:
