@@ -43,7 +43,7 @@ def check(net, images, layer, units, positions, gate, atol=0.0):
     exact = DeconvNet(module_in_double(net))
     record = exact(images.double())
     small = DeconvNet(net)
-    narrow_record = zfcuda.Record(
+    narrow_record = zfcuda.deconv.Record(
         images,
         {name: map_.to(images.dtype) for name, map_ in record.maps.items()},
         record.switches,
@@ -194,7 +194,7 @@ def test_on_every_backend(backend):
     record = DeconvNet(net)(images)
     place = torch.tensor([[[0, 1], [2, 2]]])
     want = DeconvNet(module_in_double(net)).project(
-        zfcuda.Record(
+        zfcuda.deconv.Record(
             images.double(), {k: v.double() for k, v in record.maps.items()}, record.switches, record.logits.double()
         ),
         "conv3",
@@ -202,7 +202,7 @@ def test_on_every_backend(backend):
         place,
         dense=True,
     )
-    there = zfcuda.Record(
+    there = zfcuda.deconv.Record(
         images.to(backend.device),
         {k: v.to(backend.device) for k, v in record.maps.items()},
         {k: v.to(backend.device) for k, v in record.switches.items()},

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from zfcuda.deconv import dense
+from zfcuda.deconv import dense as dense_path
+from zfcuda.deconv.asked import (
+    Asked,
+    Gate,
+    Overlap,
+    Start,
+    Units,
+    check_gate,
+    gather,
+    is_single,
+    strongest_positions,
+    unit_index,
+)
 from zfcuda.deconv.dense import Record
 from zfcuda.deconv.graph import trace
 from zfcuda.deconv.layers import describe
+from zfcuda.deconv.local import Crops, Local, cut, paste
+from zfcuda.deconv.mined import Mined
 from zfcuda.deconv.node import laid_out
+from zfcuda.deconv.projections import Projections, project_mined
 from zfcuda.deconv.receptive_field import Box, Field, Layer
+from zfcuda.deconv.windows import Path, pack_bits
 
 __all__ = ["DeconvNet", "Record", "Strongest"]
-
-Units = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
-Gate = Literal["deconvnet", "backprop", "guided"]
-GATES = ("deconvnet", "backprop", "guided")
 
 #: Largest map of a chunk of projections; a few of them live at once.
 CHUNK_BYTES = 64 * 2**20
@@ -100,7 +113,7 @@ class DeconvNet:
             raise RuntimeError(
                 f"images has shape {tuple(images.shape)}; it must be (N, C, H, W): add a batch with unsqueeze(0)"
             )
-        return dense.up(self.graph, images)
+        return dense_path.up(self.graph, images)
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -161,10 +174,10 @@ class DeconvNet:
             For an unknown layer, or a unit out of range.
         """
         map_ = record.maps[self.graph.nodes[self.graph.find(layer)].name]
-        index = _unit_index(map_, layer, units)
-        positions = _strongest_positions(map_, index)
-        values = _gather(map_, index, positions)
-        if _is_single(units):
+        index = unit_index(map_, layer, units)
+        positions = strongest_positions(map_, index)
+        values = gather(map_, index, positions)
+        if is_single(units):
             return Strongest(values[:, 0], None if positions is None else positions[:, 0])
         return Strongest(values, positions)
 
@@ -182,6 +195,36 @@ class DeconvNet:
         map_ = record.maps[self.graph.nodes[self.graph.find(layer)].name]
         return map_.reshape(*map_.shape[:2], map_.shape[2:].numel()).amax(2).argmax(1)
 
+    @overload
+    def project(
+        self,
+        record: Record | Tensor,
+        layer: str,
+        units: Units,
+        position: tuple[int, int] | Tensor | None = None,
+        start: Start = "value",
+        gate: Gate = "deconvnet",
+        overlap: Overlap = "sum",
+        *,
+        dense: bool = False,
+        crop: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def project(
+        self,
+        record: Record | Tensor,
+        layer: str,
+        units: Units,
+        position: tuple[int, int] | Tensor | None = None,
+        start: Start = "value",
+        gate: Gate = "deconvnet",
+        overlap: Overlap = "sum",
+        *,
+        dense: bool = False,
+        crop: Literal[True],
+    ) -> Crops: ...
+
     @torch.no_grad()
     def project(
         self,
@@ -189,10 +232,13 @@ class DeconvNet:
         layer: str,
         units: Units,
         position: tuple[int, int] | Tensor | None = None,
-        start: Literal["value"] | float | Tensor = "value",
+        start: Start = "value",
         gate: Gate = "deconvnet",
-        overlap: Literal["sum", "overwrite"] = "sum",
-    ) -> Tensor:
+        overlap: Overlap = "sum",
+        *,
+        dense: bool = False,
+        crop: bool = False,
+    ) -> Tensor | Crops:
         """The projection of single activations to pixels.
 
         Everything else in the layer is zero; the signal then goes down through the layer itself and all those
@@ -219,11 +265,22 @@ class DeconvNet:
         overlap : {"sum", "overwrite"}
             Where switches of overlapping windows meet: their sum, the exact transpose of pooling, or the value
             of the last window.
+        dense : bool
+            Send whole maps down. By default only the receptive field goes down, with equal results but for rounding,
+            where that is exact and less work: from layers that depend on the image through convolutions, pools, ReLUs
+            and normalisation one after the other (no sums, concatenations, flattening), with ``overlap="sum"``, and
+            receptive fields smaller than the image.
+        crop : bool
+            Return the receptive fields and their places rather than whole images; whole images with the box of the
+            image for units that see all of it.
 
         Returns
         -------
         Tensor (N, U, C, H, W), or (N, C, H, W) for a single unit
             A map that is zero everywhere gives zeros (with ``start="value"``).
+        Crops
+            With ``crop=True``: ``pixels`` (N, U, C, h, w), zero outside the image, and ``boxes`` int64 (N, U, 4): top,
+            left, bottom, right in pixels of the network's input, perhaps beyond it. Without U for a single unit.
 
         Raises
         ------
@@ -234,31 +291,110 @@ class DeconvNet:
         RuntimeError
             For units, positions or starts of a wrong shape.
         """
-        if gate not in GATES:
-            raise ValueError(f"gate is {gate!r}; it must be one of {', '.join(map(repr, GATES))}")
-        if overlap not in ("sum", "overwrite"):
-            raise ValueError(f"overlap is {overlap!r}; it must be 'sum' or 'overwrite'")
-        if not isinstance(record, Record):
-            record = self(record)
+        record = record if isinstance(record, Record) else self(record)
         top = self.graph.find(layer)
         map_ = record.maps[self.graph.nodes[top].name]
-        index = _unit_index(map_, layer, units)
-        single = _is_single(units)
-        if position is None:
-            positions = _strongest_positions(map_, index)
-        else:
-            positions = _positions(map_, layer, index, position, single)
-        starts = _starts(map_, index, positions, start, single)
+        asked = Asked.of(map_, layer, units, position, start, gate, overlap)
+        path = self.path(layer, (record.images.shape[2], record.images.shape[3]))
+        local = path is not None and overlap == "sum" and not dense and pays(path)
+        crops = self._local(record, path, map_.shape[1], asked) if path and local else self._dense(record, top, asked)
+        if crop and not local and path:
+            crops = cut(crops.pixels, path.pixels.origins(asked.flat_positions), path.pixels.size)
+        if not crop and local:
+            crops = Crops(paste(crops, record.images.shape[2:]), crops.boxes)
+        shape = record.images.shape[:1] if is_single(units) else asked.units.shape
+        pixels, boxes = (part.unflatten(0, shape) for part in crops)
+        return Crops(pixels, boxes) if crop else pixels
+
+    def path(self, layer: str, image_size: tuple[int, int]) -> Path | None:
+        """The way down from a layer for windows of images of this size; None where there is only the dense one."""
+        found = self.graph.path(self.graph.find(layer))
+        return None if found is None else Path([self.graph.nodes[i] for i in found], image_size)
+
+    def project_mined(
+        self,
+        mined: Mined,
+        layer: str,
+        units: Sequence[int] | Tensor | None = None,
+        gate: Gate = "deconvnet",
+        dataset: Any = None,
+    ) -> Projections:
+        """The projections of a layer's mined activations, from the switches that mining kept: no forward pass.
+
+        Parameters
+        ----------
+        mined : Mined
+            What `mine` returned, for this model.
+        layer : str
+            A layer that was mined.
+        units : sequence of int, optional
+            Maps of the layer; default all.
+        gate : {"deconvnet", "backprop", "guided"}
+            As in `project`. The last two need what mining keeps for them if told (``mine(..., gates=...)``).
+        dataset : map-style data set, optional
+            The one that was mined. Needed, and its images passed forwards again, only for layers whose switches mining
+            does not keep: fully connected ones, and those behind sums and concatenations.
+
+        Returns
+        -------
+        Projections
+
+        Raises
+        ------
+        ValueError
+            If something that the projection needs was not kept, or the data set is missing.
+        IndexError
+            For a unit out of range.
+        """
+        return Projections.join(list(self.iterate_mined(mined, layer, units, gate, dataset)))
+
+    @torch.no_grad()
+    def iterate_mined(
+        self,
+        mined: Mined,
+        layer: str,
+        units: Sequence[int] | Tensor | None = None,
+        gate: Gate = "deconvnet",
+        dataset: Any = None,
+    ) -> Iterator[Projections]:
+        """`project_mined` in parts of bounded memory."""
+        check_gate(gate)
+        yield from project_mined(self, mined, layer, units, gate, dataset)
+
+    def _local(self, record: Record, path: Path, channels: int, asked: Asked) -> Crops:
+        """Receptive fields alone, a part at a time, so that what is cut out of the record stays small."""
+        units, positions, starts = asked.units.flatten(), asked.flat_positions, asked.starts.flatten()
+        local = Local(path, channels, asked.gate, len(units), starts)
+        images = torch.arange(len(asked.units), device=units.device).repeat_interleave(asked.units.shape[1])
+        masks = path.rectified if asked.gate != "deconvnet" else ()
+        positive = {name: pack_bits(record.maps[name]) for name in masks}
+        parts = [
+            local(
+                units[rows],
+                starts[rows],
+                positions[rows],
+                path.cut(record.switches, images[rows], positions[rows], positive),
+            )
+            for rows in torch.arange(len(units), device=units.device).split(max(CHUNK_BYTES // local.bytes, 1))
+            for where in [positions[rows]]
+        ]
+        return Crops(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def _dense(self, record: Record, top: int, asked: Asked) -> Crops:
+        """Whole maps, a part at a time, with the box of the whole image."""
+        index, map_ = asked.units, record.maps[self.graph.nodes[top].name]
         out = record.images.new_empty(index.numel(), *record.images.shape[1:])
         for rows in torch.arange(index.numel(), device=index.device).split(self._chunk(record, top)):
             where = [torch.arange(len(rows), device=rows.device), index.flatten()[rows]]
-            if positions is not None:
-                where += positions.flatten(0, 1)[rows].unbind(-1)
+            if asked.positions is not None:
+                where += asked.flat_positions[rows].unbind(-1)
             signal = laid_out(map_.new_zeros(len(rows), *map_.shape[1:]))
-            signal[tuple(where)] = starts.flatten()[rows]
-            out[rows] = dense.down(self.graph, top, signal, record, rows // index.shape[1], gate, overlap)
-        shape = record.images.shape[:1] if single else index.shape
-        return out.view(*shape, *record.images.shape[1:])
+            signal[tuple(where)] = asked.starts.flatten()[rows]
+            out[rows] = dense_path.down(
+                self.graph, top, signal, record, rows // index.shape[1], asked.gate, asked.overlap
+            )
+        box = torch.tensor([0, 0, *record.images.shape[2:]], device=index.device)
+        return Crops(out, box.expand(index.numel(), 4))
 
     def _chunk(self, record: Record, top: int) -> int:
         """Projections that go down together, so that memory stays bounded."""
@@ -267,78 +403,6 @@ class DeconvNet:
         return max(CHUNK_BYTES // max(largest, 1), 1)
 
 
-def _is_single(units: Units) -> bool:
-    return isinstance(units, int) or (isinstance(units, Tensor) and units.dim() == 0)
-
-
-def _unit_index(map_: Tensor, layer: str, units: Units) -> Tensor:
-    """Units as an int64 tensor (N, U), checked."""
-    index = torch.as_tensor(units, device=map_.device)
-    if index.numel() and (index.is_floating_point() or index.dtype == torch.bool):
-        raise TypeError(f"units has dtype {index.dtype}; it must be integers")
-    batch, count = map_.shape[:2]
-    index = index.long().reshape(1, 1) if index.dim() == 0 else index.long()
-    if index.dim() > 2 or (index.dim() == 2 and index.shape[0] not in (1, batch)):
-        raise RuntimeError(
-            f"units has shape {tuple(index.shape)}; it must be an int, (U,), or (N, U) with N = {batch} images"
-        )
-    wrong = index[(index < 0) | (index >= count)]
-    if wrong.numel():
-        raise IndexError(f"units has {int(wrong[0])}; layer {layer!r} has units 0 to {count - 1}")
-    return index.expand(batch, index.shape[-1])
-
-
-def _strongest_positions(map_: Tensor, index: Tensor) -> Tensor | None:
-    """(N, U, 2): the first maximum of each map in row-major order."""
-    if map_.dim() == 2:
-        return None
-    images = torch.arange(len(map_), device=map_.device)[:, None]
-    flat = map_[images, index].flatten(2).argmax(2)
-    return torch.stack((flat // map_.shape[3], flat % map_.shape[3]), -1)
-
-
-def _positions(map_: Tensor, layer: str, index: Tensor, position: tuple[int, int] | Tensor, single: bool) -> Tensor:
-    """Given positions as (N, U, 2), checked."""
-    if map_.dim() == 2:
-        raise ValueError(f"position is {position!r}; units of layer {layer!r} have none: leave it out")
-    given = torch.as_tensor(position, device=map_.device)
-    if given.is_floating_point():
-        raise TypeError(f"position has dtype {given.dtype}; it must be integers")
-    where = _broadcast("position", given.long(), (*index.shape, 2), single)
-    limit = torch.tensor(map_.shape[2:], device=map_.device)
-    wrong = where[((where < 0) | (where >= limit)).any(-1)]
-    if len(wrong):
-        raise IndexError(
-            f"position has {tuple(wrong[0].tolist())}; maps of layer {layer!r} have {map_.shape[2]} rows "
-            f"and {map_.shape[3]} columns"
-        )
-    return where
-
-
-def _starts(
-    map_: Tensor, index: Tensor, positions: Tensor | None, start: Literal["value"] | float | Tensor, single: bool
-) -> Tensor:
-    """What to start from, as (N, U)."""
-    if isinstance(start, str):
-        if start != "value":
-            raise ValueError(f"start is {start!r}; it must be 'value', a number or a tensor")
-        return _gather(map_, index, positions)
-    given = torch.as_tensor(start, dtype=map_.dtype, device=map_.device)
-    return _broadcast("start", given, tuple(index.shape), single)
-
-
-def _broadcast(name: str, given: Tensor, shape: tuple[int, ...], single: bool) -> Tensor:
-    """``given`` expanded to (N, U, …), or from (N, …) where there is a single unit."""
-    wanted = shape[:1] + shape[2:] if single else shape
-    try:
-        expanded = given.expand(wanted)
-    except RuntimeError:
-        raise RuntimeError(f"{name} has shape {tuple(given.shape)}; it must broadcast to {wanted}") from None
-    return expanded.unsqueeze(1) if single else expanded
-
-
-def _gather(map_: Tensor, index: Tensor, positions: Tensor | None) -> Tensor:
-    """(N, U): the activations at the positions."""
-    images = torch.arange(len(map_), device=map_.device)[:, None]
-    where = (images, index) if positions is None else (images, index, *positions.unbind(-1))
-    return map_[where]
+def pays(path: Path) -> bool:
+    """Whether the windows are smaller than the maps: else whole maps are less work."""
+    return prod(path.pixels.size) < prod(path.pixels.map_size)

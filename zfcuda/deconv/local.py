@@ -16,7 +16,7 @@ from torch import Tensor
 from zfcuda import ops
 from zfcuda.deconv.windows import Kept, Path, Stage, unpack_bits
 
-__all__ = ["Crops", "Local", "paste"]
+__all__ = ["Crops", "Local", "cut", "paste"]
 
 #: Largest result of a step, but for a single window.
 STEP_BYTES = 4 * 2**20
@@ -111,11 +111,14 @@ class _Step:
             undone = pool.window.kernel, pool.window.stride, pool.window.dilation
         if node:
             assert node.window is not None
-            weight, sliding = node.parameters()[0], (node.window.stride, node.window.dilation, node.groups)
-            self.channels = weight.shape[1] * node.groups
+            weight, groups = node.parameters()[0], node.groups
+            stride, dilation = node.window.stride, node.window.dilation
+            self.channels = weight.shape[1] * groups
         else:  # unpooling alone: the filter that changes nothing
-            weight, sliding = like.new_ones(channels, 1, 1, 1), (1, 1, channels)
-        self.filters = ops.WindowDeconv2d(weight, self.stage.signal.size, *sliding, pool=undone, windows=expected)
+            weight, groups = like.new_ones(channels, 1, 1, 1), channels
+            stride = dilation = (1, 1)
+        size = self.stage.signal.size
+        self.filters = ops.WindowDeconv2d(weight, size, stride, dilation, groups, pool=undone, windows=expected)
 
     def __call__(self, signal: Tensor, positions: Tensor, kept: Kept) -> Tensor:
         node, stage = self.stage.node, self.stage
@@ -131,10 +134,17 @@ class _Step:
             )
         assert node is not None
         if node.kind == "affine":
-            return signal * node.parameters()[0]
+            return signal * node.parameters()[0].to(signal)
         if self.gate in ("deconvnet", "guided"):
             signal = signal.relu()
         return signal if positive is None else signal.masked_fill(~unpack_bits(positive, self.channels), 0)
+
+
+def cut(images: Tensor, origins: Tensor, size: tuple[int, int]) -> Crops:
+    """A crop of each image (n, C, height, width), zero outside it."""
+    each = torch.arange(len(images), device=images.device)
+    pixels = ops.crop_windows(images.permute(0, 2, 3, 1), each, origins, size)
+    return Crops(pixels.permute(0, 3, 1, 2), torch.cat((origins, origins + origins.new_tensor(size)), 1))
 
 
 def paste(crops: Crops, size: torch.Size) -> Tensor:

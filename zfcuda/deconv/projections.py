@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zfcuda.deconv.asked import Gate
 from zfcuda.deconv.local import Local
 from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.windows import Kept, Path
@@ -51,7 +52,7 @@ class Projections:
 
 
 def project_mined(
-    net: DeconvNet, mined: Mined, layer: str, units: Sequence[int] | Tensor | None, gate: str, dataset: Any
+    net: DeconvNet, mined: Mined, layer: str, units: Sequence[int] | Tensor | None, gate: Gate, dataset: Any
 ) -> Iterator[Projections]:
     """See `DeconvNet.iterate_mined`."""
     found = mined[layer]
@@ -74,7 +75,7 @@ def project_mined(
 
 
 def _from_kept(
-    net: DeconvNet, path: Path, found: MinedLayer, rows: tuple[Tensor, Tensor], gate: str
+    net: DeconvNet, path: Path, found: MinedLayer, rows: tuple[Tensor, Tensor], gate: Gate
 ) -> Iterator[Projections]:
     masks = path.rectified if gate != "deconvnet" else {}
     missing = masks.keys() - found.positive.keys()
@@ -95,7 +96,7 @@ def _from_kept(
 
 
 def _from_images(
-    net: DeconvNet, found: MinedLayer, rows: tuple[Tensor, Tensor], gate: str, dataset: Any
+    net: DeconvNet, found: MinedLayer, rows: tuple[Tensor, Tensor], gate: Gate, dataset: Any
 ) -> Iterator[Projections]:
     """One forward pass for each image in the lists, image by image."""
     images = found.images[rows]
@@ -103,7 +104,7 @@ def _from_images(
         which = tuple(index[images == image] for index in rows)
         positions = None if found.positions is None else found.positions[which][None]
         crops = net.project(
-            net.as_batch(dataset[image]),
+            _batch(dataset[image]),
             found.layer.name,
             which[0],
             positions,
@@ -112,3 +113,8 @@ def _from_images(
             crop=True,
         )
         yield Projections(crops.pixels[0], which[0], which[1], crops.boxes[0])
+
+
+def _batch(item: Any) -> Tensor:
+    """The image of a data set's item as (1, C, H, W): the item itself, or the first of its parts."""
+    return (item if isinstance(item, Tensor) else item[0])[None]
