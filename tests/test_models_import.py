@@ -308,7 +308,7 @@ def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
         load_weights(small(), tmp_path / "nowhere.pth")
 
 
-@pytest.mark.parametrize("name", ["alexnet", "squeezenet1_1", "vgg11_bn", "googlenet"])
+@pytest.mark.parametrize("name", ["alexnet", "squeezenet1_1", "resnet18", "googlenet"])
 def test_torchvisions_state_dicts_by_name(tmp_path, name):
     models = torchvision.load().models
     options = {"init_weights": False} if name == "googlenet" else {}
