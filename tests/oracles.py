@@ -25,6 +25,7 @@ class Sample:
 
     tensors: Sequence[Tensor | None]
     options: dict[str, Any] = field(default_factory=dict)
+    differentiable: bool = True
 
     def on(self, device: torch.device, dtype: torch.dtype, layout: str = "contiguous") -> Sample:
         """A copy with fresh leaves: activations and weights of that device, dtype and layout."""
@@ -37,9 +38,10 @@ class Sample:
 
         tensors = [place(t) for t in self.tensors]
         for t in tensors:
-            if t is not None and t.is_floating_point():
+            if self.differentiable and t is not None and t.is_floating_point():
                 t.requires_grad_()
-        return Sample(tensors, {name: place(value) for name, value in self.options.items()})
+        options = {name: place(value) for name, value in self.options.items()}
+        return Sample(tensors, options, self.differentiable)
 
     def call(self, function: Callable[..., Any]) -> Any:
         return function(*self.tensors, **self.options)
@@ -78,9 +80,11 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 
 
 def evaluate(function: Callable[..., Any], sample: Sample, exact: bool = False) -> list[Tensor]:
-    """Outputs of a call, and its gradients by every floating tensor for a fixed cotangent."""
+    """Outputs of a call, and where it has them its gradients by every floating tensor for a fixed cotangent."""
     outputs = sample.call(function)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    if not sample.differentiable:
+        return outputs
     values = (whole_numbers if exact else normal)(*outputs[0].shape, seed=99)
     cotangent = torch.empty_like(outputs[0]).copy_(values)
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], sample.leaves(), cotangent)]
@@ -128,7 +132,7 @@ def check_values(
     placed = sample.on(device, dtype, layout)
     terms = max(t.numel() for t in sample.tensors if t is not None)
     for a, t, e in zip(evaluate(operator, placed), torchs, exact, strict=True):
-        assert a.dtype == (dtype if a.is_floating_point() else e.dtype) and a.device == placed.leaves()[0].device
+        assert a.dtype == (dtype if a.is_floating_point() else e.dtype) and a.device == placed.tensors[0].device
         assert_within(a, t, e, terms)
 
 
@@ -170,7 +174,7 @@ def check_registration(operator: Callable[..., Any], sample: Sample) -> None:
     calls = recorded.calls
     assert calls
     for number, (func, args) in enumerate(calls):
-        differentiable = number == 0
+        differentiable = sample.differentiable and number == 0
 
         def fresh(value: Any, grad: bool = differentiable) -> Any:
             if not isinstance(value, Tensor):

@@ -157,6 +157,69 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     return torch.stack(maps, 1)
 
 
+def window_deconv2d(
+    signal: Tensor,
+    weight: Tensor,
+    origins: Tensor,
+    map_size: Sequence[int],
+    stride: Size = 1,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    gate: str = "none",
+    positive: Tensor | None = None,
+    switches: Tensor | None = None,
+    pool: Sequence[Size] | None = None,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.window_deconv2d`."""
+    maps = signal.movedim(3, 1)
+    if pool is not None and switches is not None:
+        kernel, step, spread = map(_pair, pool)
+        size = [(n - 1) * s + (k - 1) * d + 1 for n, k, s, d in zip(maps.shape[2:], kernel, step, spread, strict=True)]
+        taps = torch.arange(kernel[0] * kernel[1], device=switches.device)
+        chosen = switches.movedim(3, 1)[..., None] == taps
+        windows = torch.where(chosen, maps[..., None], 0).unflatten(4, kernel)
+        maps = _add(windows, *_taps(maps.shape[2:], kernel, step, (0, 0), spread), size)
+    forward = None
+    if positive is not None:
+        bits = positive[..., None] >> torch.arange(8, device=positive.device) & 1
+        forward = bits.flatten(3).movedim(3, 1)[:, : maps.size(1)]
+    image = deconv2d(maps, weight, None, stride, 0, 0, groups, dilation, gate=gate, forward=forward)
+    _, _, inside = _windows(origins, image.shape[2:], map_size)
+    return torch.where(inside[:, None], image, 0).movedim(1, 3)
+
+
+def crop_windows(input: Tensor, images: Tensor, origins: Tensor, size: Size, fill: int = 0) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.crop_windows`."""
+    y, x, inside = _windows(origins, _pair(size), input.shape[1:3])
+    inner = input[images[:, None, None], y.clamp(0, input.size(1) - 1), x.clamp(0, input.size(2) - 1)]
+    pixel = inner.contiguous().view(torch.uint8)
+    return torch.where(inside[..., None], pixel, fill).view(input.dtype)
+
+
+def map_maximum(
+    input: Tensor,
+    pooled: Tensor | None = None,
+    switches: Tensor | None = None,
+    kernel_size: Size = 1,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.map_maximum`, from the input alone: without NaN the pool says the same."""
+    maps = input.flatten(2).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    largest = maps.amax(2, keepdim=True)
+    places = torch.arange(maps.size(2), device=input.device).where(maps == largest, maps.size(2))
+    return largest.squeeze(2), places.amin(2)
+
+
+def _windows(origins: Tensor, size: Sequence[int], whole: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (windows, h, 1) and columns (windows, 1, w) of each window, and which positions are inside the whole."""
+    y = origins[:, 0, None, None] + torch.arange(size[0], device=origins.device)[:, None]
+    x = origins[:, 1, None, None] + torch.arange(size[1], device=origins.device)
+    return y, x, (y >= 0) & (y < whole[0]) & (x >= 0) & (x < whole[1])
+
+
 def _pair(value: Size) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 

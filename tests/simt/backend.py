@@ -24,6 +24,10 @@ WRITTEN = {
     "find_invalid_switch": {2: True},
     "local_response_norm": {6: True},
     "local_response_norm_gradient": {7: True},
+    "window_deconv2d_pack": {3: True},
+    "window_deconv2d": {8: True, 9: False},
+    "crop_windows": {4: True},
+    "map_maximum": {5: True, 6: True},
 }
 
 

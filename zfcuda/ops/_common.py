@@ -154,11 +154,23 @@ def empty(like: Tensor, size: Sequence[int], layout: torch.memory_format, dtype:
 
 def first_derivative_only(operator: torch.library.CustomOpDef, name: str) -> None:
     """Make ``operator``, a gradient of the operator ``name``, refuse to be differentiated."""
+    _refuse_backward(
+        operator,
+        f"zfcuda.ops.{name} has first derivatives only, but a second one was asked for; "
+        "take the first gradient without create_graph=True",
+    )
 
+
+def not_differentiable(operator: torch.library.CustomOpDef, name: str, remedy: str) -> None:
+    """Make ``operator``, which computes ``name``, refuse a backward pass through its results.
+
+    Inputs that require gradients are welcome: a network's weights do.
+    """
+    _refuse_backward(operator, f"zfcuda.ops.{name} is not differentiable, but a gradient was asked for; {remedy}")
+
+
+def _refuse_backward(operator: torch.library.CustomOpDef, message: str) -> None:
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            f"zfcuda.ops.{name} has first derivatives only, but a second one was asked for; "
-            "take the first gradient without create_graph=True"
-        )
+        raise RuntimeError(message)
 
     operator.register_autograd(backward)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_device, check_shape, integer, pair, tensor
+from zfcuda.ops._common import NAMESPACE, check_device, check_shape, integer, not_differentiable, pair, tensor
 
 __all__ = ["crop_windows"]
 
@@ -43,6 +43,10 @@ def crop_windows(input: Tensor, images: Tensor, origins: Tensor, size: int | Seq
         If a tensor or a size is impossible; the message names the argument and its value.
     IndexError
         If an image does not exist.
+
+    Notes
+    -----
+    Not differentiable: a backward pass through the result raises.
     """
     if not 0 <= integer("fill", fill) <= 255:
         raise RuntimeError(f"fill is {fill}; it must be a byte, 0 to 255")
@@ -73,7 +77,8 @@ def _crop(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], f
     if windows.numel():
         low, high = (int(v) for v in images.aminmax())
         if low < 0 or high >= len(input):
-            raise IndexError(f"images has {low if low < 0 else high}; input has images 0 to {len(input) - 1}")
+            wrong = low if low < 0 else high
+            raise IndexError(f"images has {wrong}; it must name the {len(input)} images of input, counted from 0")
         pixel = input.size(3) * input.element_size()
         shape = (*input.shape[:3], pixel, *windows.shape[:3], fill)
         core.run("crop_windows", input, shape, input.contiguous(), images.contiguous(), origins.contiguous(), windows)
@@ -83,3 +88,6 @@ def _crop(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], f
 @_crop.register_fake
 def _(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], fill: int) -> Tensor:
     return torch.empty(_check(input, images, origins, size), dtype=input.dtype, device=input.device)
+
+
+not_differentiable(_crop, "crop_windows", "index the input to differentiate by it")

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_shape, check_tensor, dense, memory_format, pair, tensor
+from zfcuda.ops._common import (
+    NAMESPACE,
+    check_shape,
+    check_tensor,
+    dense,
+    memory_format,
+    not_differentiable,
+    pair,
+    tensor,
+)
 from zfcuda.ops._pool import Window, check_switches
 
 __all__ = ["map_maximum"]
@@ -50,6 +59,10 @@ def map_maximum(
         If an argument has the wrong Python type.
     RuntimeError
         If a tensor or a size is impossible; the message names the argument and its value.
+
+    Notes
+    -----
+    Not differentiable: a backward pass through the values raises.
     """
     kernel = pair("kernel_size", kernel_size)
     tensor("pooled", pooled, optional=True)
@@ -63,8 +76,7 @@ def map_maximum(
         pair("padding", padding),
         pair("dilation", dilation),
     )
-    gaps = max(window.dilation) > 1 or any(s > k for s, k in zip(window.stride, kernel, strict=True))
-    return _maximum(tensor("input", input), *((None, None) if gaps else (pooled, switches)), *window)
+    return _maximum(tensor("input", input), pooled, switches, *window)
 
 
 def _check(input: Tensor, pooled: Tensor | None, switches: Tensor | None, window: Window) -> list[int]:
@@ -93,6 +105,8 @@ def _maximum(
     window = Window(kernel_size, stride, padding, dilation)
     pooled_size = _check(input, pooled, switches, window)
     layout = memory_format(input)
+    if max(dilation) > 1 or any(s > k for s, k in zip(stride, kernel_size, strict=True)):
+        pooled = switches = None  # gaps between and in windows
     values, positions = input.new_empty(input.shape[:2]), input.new_empty(input.shape[:2], dtype=torch.int64)
     if values.numel():
         where = window.shape(input.shape, pooled_size, layout), core.DTYPES[input.dtype]
@@ -113,3 +127,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check(input, pooled, switches, Window(kernel_size, stride, padding, dilation))
     return input.new_empty(input.shape[:2]), input.new_empty(input.shape[:2], dtype=torch.int64)
+
+
+not_differentiable(_maximum, "map_maximum", "gather the input at the positions to differentiate by it")

@@ -17,6 +17,7 @@ from zfcuda.ops._common import (
     check_shape,
     check_tensor,
     integer,
+    not_differentiable,
     option,
     pair,
     tensor,
@@ -89,16 +90,25 @@ def window_deconv2d(
     Notes
     -----
     Overlapping pooling windows are summed. Switches of 255, and any that lie outside their window, put nothing
-    back. Not differentiable.
+    back. Not differentiable: a backward pass through the result raises.
     """
-    tensor("signal", signal)
-    size = signal.shape[1:3] if signal.dim() == 4 else (1, 1)  # a wrong rank is reported by the call
-    step = WindowDeconv2d(weight, size, stride, dilation, groups, pool=pool, windows=len(signal))
-    return step(signal, origins, map_size, gate=gate, positive=positive, switches=switches)
+    return _windows(
+        tensor("signal", signal),
+        tensor("weight", weight),
+        tensor("origins", origins),
+        pair("map_size", map_size),
+        pair("stride", stride),
+        pair("dilation", dilation),
+        integer("groups", groups),
+        option("gate", gate, GATES),
+        tensor("positive", positive, optional=True),
+        tensor("switches", switches, optional=True),
+        [] if pool is None else _pool_numbers(pool),
+    )
 
 
 class WindowDeconv2d:
-    """`window_deconv2d` with a weight that is packed once, for many calls.
+    """`window_deconv2d` with a weight that is packed once, for many calls. For use without autograd or tracing.
 
     Parameters
     ----------
@@ -121,17 +131,16 @@ class WindowDeconv2d:
         pool: tuple[int | Sequence[int], int | Sequence[int], int | Sequence[int]] | None = None,
         windows: int = 1,
     ) -> None:
-        names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
-        undone = [] if pool is None else [n for name, v in zip(names, pool, strict=True) for n in pair(name, v)]
-        self.size, self.windows = pair("size", list(size)), integer("windows", windows)
-        self.geometry = (
-            list(tensor("weight", weight).shape),
-            pair("stride", stride),
-            pair("dilation", dilation),
-            integer("groups", groups),
-            undone,
-        )
-        self.packed = _pack(weight, self.size, *self.geometry[1:], self.windows)
+        undone = [] if pool is None else _pool_numbers(pool)
+        slide = pair("stride", stride), pair("dilation", dilation), integer("groups", groups)
+        size = pair("size", list(size))
+        self.geometry = _Geometry(size, tensor("weight", weight).shape, *slide, undone, integer("windows", windows))
+        check_tensor("weight", weight)
+        self.geometry.check()
+        self.dtype, self.device = weight.dtype, weight.device
+        where = self.geometry.shape(windows, (1, 1)), core.DTYPES[weight.dtype]
+        self.packed = core.room("window_deconv2d_packed", weight, *where)
+        core.run("window_deconv2d_pack", weight, *where, weight.contiguous(), self.packed)
 
     def __call__(
         self,
@@ -144,18 +153,28 @@ class WindowDeconv2d:
         switches: Tensor | None = None,
     ) -> Tensor:
         """As `window_deconv2d`."""
-        return _windows(
-            tensor("signal", signal),
-            self.packed,
-            tensor("origins", origins),
-            pair("map_size", map_size),
-            self.size,
-            *self.geometry,
-            self.windows,
-            option("gate", gate, GATES),
-            tensor("positive", positive, optional=True),
-            tensor("switches", switches, optional=True),
-        )
+        if torch.is_grad_enabled() and signal.requires_grad:
+            raise RuntimeError(f"signal requires a gradient, and WindowDeconv2d has none; {_REMEDY}")
+        _check(signal, self.dtype, self.device, origins, map_size, self.geometry, gate, positive, switches)
+        image = signal.new_empty(len(signal), *self.geometry.image, self.geometry.channels)
+        if image.numel():
+            where = self.geometry.shape(len(signal), map_size), core.DTYPES[signal.dtype]
+            scratch = core.workspace("window_deconv2d", signal, *where)
+            tensors = (
+                None if t is None else t.contiguous() for t in (signal, switches, positive, self.packed, origins)
+            )
+            core.run("window_deconv2d", signal, *where, core.GATES[gate], *tensors, image, scratch)
+        return image
+
+
+_REMEDY = "deconv2d and max_unpool2d take the same step for whole maps, differentiably"
+
+
+def _pool_numbers(pool: Sequence[int | Sequence[int]]) -> list[int]:
+    if not isinstance(pool, (tuple, list)) or len(pool) != 3:
+        raise TypeError(f"pool is {pool!r}; it must be (kernel_size, stride, dilation)")
+    names = ("pool[0] (kernel_size)", "pool[1] (stride)", "pool[2] (dilation)")
+    return [n for name, value in zip(names, pool, strict=True) for n in pair(name, value)]
 
 
 def _reach(size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -188,6 +207,11 @@ class _Geometry(NamedTuple):
                 )
 
     @property
+    def channels(self) -> int:
+        """Of the windows below."""
+        return self.weight[1] * self.groups
+
+    @property
     def maps(self) -> list[int]:
         """Height and width of the windows of the maps."""
         pool = self.pool
@@ -200,33 +224,16 @@ class _Geometry(NamedTuple):
 
     def shape(self, windows: int, map_size: Sequence[int]) -> tuple[int, ...]:
         """WindowShape of csrc/shapes.h."""
-        below = (self.weight[1] * self.groups, *self.image)
+        below = (self.channels, *self.image)
         convolution = (*self.weight[2:], *self.stride, *self.dilation, self.groups, *map_size)
         undone = (*self.size, *self.pool) if self.pool else (0,) * 8
         return (windows, self.expected, *below, self.weight[0], *self.maps, *convolution, *undone)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::window_deconv2d_pack", mutates_args=())
-def _pack(
-    weight: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool: Sequence[int],
-    expected: int,
-) -> Tensor:
-    check_tensor("weight", weight)
-    geometry = _Geometry(size, weight.shape, stride, dilation, groups, pool, expected)
-    geometry.check()
-    where = geometry.shape(expected, (1, 1)), core.DTYPES[weight.dtype]
-    packed = core.room("window_deconv2d_packed", weight, *where)
-    core.run("window_deconv2d_pack", weight, *where, weight.contiguous(), packed)
-    return packed
-
-
 def _check(
     signal: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
     origins: Tensor,
     map_size: Sequence[int],
     geometry: _Geometry,
@@ -235,6 +242,10 @@ def _check(
     switches: Tensor | None,
 ) -> None:
     check_tensor("signal", signal)
+    if signal.dtype != dtype or signal.device != device:
+        raise RuntimeError(
+            f"signal has dtype {signal.dtype} on {signal.device}; it must be {dtype} on {device} like the weight"
+        )
     check_at_least(1, map_size=map_size)
     wanted = (len(signal), *geometry.size, geometry.weight[0])
     check_shape("signal", signal, wanted, "the windows and channels that the weight was packed for")
@@ -261,51 +272,56 @@ def _check_bytes(name: str, value: Tensor, shape: Sequence[int], why: str, like:
     check_device(name, value, like)
 
 
+def _check_weight(signal: Tensor, weight: Tensor, groups: int) -> None:
+    """What the operator checks besides what a packed weight can be asked for."""
+    check_tensor("signal", signal)
+    check_tensor("weight", weight, like=signal)
+    if groups < 1 or signal.size(3) % groups or weight.size(0) != signal.size(3):
+        raise RuntimeError(
+            f"weight has shape {tuple(weight.shape)}; with groups={groups} its first dimension must be the "
+            f"{signal.size(3)} channels of signal, a multiple of groups"
+        )
+
+
 @torch.library.custom_op(f"{NAMESPACE}::window_deconv2d", mutates_args=())
 def _windows(
     signal: Tensor,
-    packed: Tensor,
+    weight: Tensor,
     origins: Tensor,
     map_size: Sequence[int],
-    size: Sequence[int],
-    weight_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    pool: Sequence[int],
-    expected: int,
     gate: str,
     positive: Tensor | None,
     switches: Tensor | None,
+    pool: Sequence[int],
 ) -> Tensor:
-    geometry = _Geometry(size, weight_size, stride, dilation, groups, pool, expected)
-    _check(signal, origins, map_size, geometry, gate, positive, switches)
-    image = signal.new_empty(len(signal), *geometry.image, weight_size[1] * groups)
-    if image.numel():
-        where = geometry.shape(len(signal), map_size), core.DTYPES[signal.dtype]
-        scratch = core.workspace("window_deconv2d", signal, *where)
-        tensors = (None if t is None else t.contiguous() for t in (signal, switches, positive, packed, origins))
-        core.run("window_deconv2d", signal, *where, core.GATES[gate], *tensors, image, scratch)
-    return image
+    _check_weight(signal, weight, groups)
+    undone = (pool[:2], pool[2:4], pool[4:]) if pool else None
+    step = WindowDeconv2d(weight, signal.shape[1:3], stride, dilation, groups, pool=undone, windows=len(signal))
+    return step(signal, origins, map_size, gate=gate, positive=positive, switches=switches)
 
 
 @_windows.register_fake
 def _(
     signal: Tensor,
-    packed: Tensor,
+    weight: Tensor,
     origins: Tensor,
     map_size: Sequence[int],
-    size: Sequence[int],
-    weight_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    pool: Sequence[int],
-    expected: int,
     gate: str,
     positive: Tensor | None,
     switches: Tensor | None,
+    pool: Sequence[int],
 ) -> Tensor:
-    geometry = _Geometry(size, weight_size, stride, dilation, groups, pool, expected)
-    _check(signal, origins, map_size, geometry, gate, positive, switches)
-    return signal.new_empty(len(signal), *geometry.image, weight_size[1] * groups)
+    _check_weight(signal, weight, groups)
+    geometry = _Geometry(signal.shape[1:3], weight.shape, stride, dilation, groups, pool, len(signal))
+    geometry.check()
+    _check(signal, weight.dtype, weight.device, origins, map_size, geometry, gate, positive, switches)
+    return signal.new_empty(len(signal), *geometry.image, geometry.channels)
+
+
+not_differentiable(_windows, "window_deconv2d", _REMEDY)
