@@ -93,7 +93,7 @@ class Control:
         mined = self.mined[layer]
         if self.dataset is None:
             units = np.unique(tiles.units).tolist()
-            return self.deconvnet.project_mined(mined, units, gate=self.gate).pixels.float().numpy()
+            return self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate).pixels.float().numpy()
         parts = [
             self._rerun(mined, tiles.units[rows], tiles.ranks[rows], tiles.boxes[rows])
             for rows in np.split(np.arange(len(tiles.units)), range(BATCH, len(tiles.units), BATCH))

@@ -71,7 +71,7 @@ class Painter:
     def tiles(self, layer: str, units: Sequence[int]) -> Tiles:
         """The entries of these maps of a layer."""
         mined = self.mined[layer]
-        projected = self.deconvnet.project_mined(mined, units, gate=self.gate, dataset=self.dataset)
+        projected = self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate, dataset=self.dataset)
         pixels = projected.pixels.float().numpy()
         boxes = projected.boxes.numpy()
         values = self._patches(mined, projected.units, projected.ranks, boxes)

@@ -1,6 +1,6 @@
 // The gallery. One classic script, as pages opened from a disk may not import modules.
 //
-//   what is shown follows from the address alone: #layer/map/rank?q=…&show=…&class=…&sort=…
+//   what is shown follows from the address alone: #layer/map/rank?q=…&show=…&class=…&sort=…&in=all
 //   data of a layer arrive when they are needed, as scripts that call zfcuda.receive
 //   of the maps, only those near the window are in the document
 //
@@ -154,7 +154,7 @@ function plate(canvas, { src, count, columns, cell, layer, side }) {
     const unit = row * across + column;
     return column < across && unit < count ? unit : null;
   };
-  canvas.addEventListener("click", (event) => { if (layer && at(event) !== null) go({ layer: layer.name, map: at(event) }); });
+  canvas.addEventListener("click", (event) => { if (layer && at(event) !== null) go({ layer: layer.name, map: at(event), in: "all" }); });
   canvas.addEventListener("mousemove", (event) => { canvas.title = at(event) === null ? "" : `${layer ? layer.name : "filter"} ${at(event)}`; });
   new ResizeObserver(() => { layout(); draw(); }).observe(canvas);
   new IntersectionObserver((entries, observer) => {
@@ -174,8 +174,9 @@ function plate(canvas, { src, count, columns, cell, layer, side }) {
 
 // ---------------------------------------------------------------------------------------------- the address
 
-const EMPTY = { layer: null, map: null, rank: 0, q: "", show: "", class: "", sort: "" };
+const EMPTY = { layer: null, map: null, rank: 0, q: "", show: "", class: "", sort: "", in: "" };
 const FILTERS = ["q", "show", "class", "sort"];
+const OPTIONS = [...FILTERS, "in"];  // in=all: a map was opened from among all layers, and closing it leads back there
 const state = { ...EMPTY, control: false };
 
 function parse(hash) {
@@ -183,7 +184,7 @@ function parse(hash) {
   const [layer, map, rank] = path.split("/").map(decode);
   const found = { ...EMPTY };
   const options = new URLSearchParams(query);
-  for (const key of FILTERS) found[key] = options.get(key) || "";
+  for (const key of OPTIONS) found[key] = options.get(key) || "";
   if (layerOf.has(layer)) {
     found.layer = layer;
     if (/^\d+$/.test(map) && Number(map) < layerOf.get(layer).count) {
@@ -200,7 +201,7 @@ function decode(text) {
 
 function format(to) {
   const path = [to.layer, to.map, to.map !== null && to.rank ? to.rank + 1 : null].filter((part) => part !== null);
-  const query = new URLSearchParams(FILTERS.filter((key) => to[key]).map((key) => [key, to[key]])).toString();
+  const query = new URLSearchParams(OPTIONS.filter((key) => to[key]).map((key) => [key, to[key]])).toString();
   return `#${path.map(encodeURIComponent).join("/")}${query ? `?${query}` : ""}`;
 }
 
@@ -380,12 +381,12 @@ function cardOf(item) {
   const { layer, unit } = item;
   const d = data.get(layer.name);
   const count = d.values[unit].length;
-  const name = state.layer ? String(unit) : `${layer.name} ${unit}`;
+  const name = state.layer && !state.in ? String(unit) : `${layer.name} ${unit}`;
   const said = SORT[state.sort] && state.sort !== "max" ? SORT[state.sort].caption(d, unit)
     : count ? `max ${number(d.values[unit][0])} · active in ${share(1 - d.sparsity[unit])}` : "";
   const card = element("a", {
     className: "card",
-    href: format({ ...state, layer: layer.name, map: unit, rank: 0 }),
+    href: format({ ...state, layer: layer.name, map: unit, rank: 0, in: state.layer === null || state.in ? "all" : "" }),
     ariaLabel: `${layer.name} map ${unit}, ${count ? `strongest ${number(d.values[unit][0])}, active in ${share(1 - d.sparsity[unit])} of the images` : "dead"}`,
   });
   card.setAttribute("role", "listitem");
@@ -540,16 +541,12 @@ function neighbour(step) {
 
 let rendering = 0;
 let shown = null;  // what the grid shows: scope and filters
-let from = null;   // the address that the map was opened from
 
 async function render(before) {
   const run = ++rendering;
-  const opened = state.map !== null && before.map === null;
-  if (opened) from = format({ ...before });
   const filtered = FILTERS.some((key) => state[key]);
-  // A map that was opened from a search over all layers leaves that search behind it.
-  const everywhere = state.map !== null && from !== null ? parse(from).layer === null && filtered : state.layer === null;
-  const browsing = filtered || state.layer !== null;
+  const everywhere = state.layer === null || state.in === "all";
+  const browsing = filtered || !everywhere;
   const scope = everywhere ? layers : [layerOf.get(state.layer)];
   for (const tab of document.querySelectorAll("[data-layer]")) {
     if (layers[tab.dataset.layer].name === state.layer) tab.setAttribute("aria-current", "page");
@@ -560,19 +557,20 @@ async function render(before) {
   for (const key of ["show", "class", "sort"]) $(key).value = state[key];
   $("home").hidden = browsing;
   $("browse").hidden = !browsing;
-  if (browsing) {
-    await Promise.all(["sources", ...scope.map((layer) => layer.name), ...(state.layer ? [state.layer] : [])].map(need));
-    if (run !== rendering) return;
-    showScope(everywhere ? null : scope[0]);
-  } else {
-    shown = null;
-  }
+  const wanted = new Set([...(browsing ? scope : []), ...(state.map === null ? [] : [layerOf.get(state.layer)])]);
+  if (wanted.size) await Promise.all(["sources", ...[...wanted].map((layer) => layer.name)].map(need));
+  if (run !== rendering) return;
+  if (browsing) showScope(everywhere ? null : scope[0]);
+  else grid.items = [], shown = null;
   if (state.map === null) {
     if ($("map").open) $("map").close();
     return;
   }
-  if (!$("map").open) $("map").showModal();
-  showMap(opened || before.map !== state.map || before.layer !== state.layer || before.control !== state.control);
+  if (!$("map").open) {
+    $("map").showModal();
+    $("map-title").focus();
+  }
+  showMap(before.map !== state.map || before.layer !== state.layer || before.control !== state.control);
 }
 
 function showScope(layer) {
@@ -609,13 +607,7 @@ function setControl(on) {
   render(before).catch(complain);
 }
 
-function closeMap() {
-  const back = from;
-  from = null;
-  if (back !== null && history.length > 1 && parse(back).map === null && parse(back).layer !== state.layer && parse(back).layer !== null) go({ map: null, rank: 0 });
-  else if (back !== null) go({ ...parse(back) });
-  else go({ map: null, rank: 0 });
-}
+const closeMap = () => go({ map: null, rank: 0, in: "", layer: state.in === "all" ? null : state.layer });
 
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
@@ -638,7 +630,7 @@ const chooseRank = (rank) => go({ rank: clamp(rank, 0, countOf(currentItem()) - 
 const middle = () => [$("stage").clientWidth / 2, $("stage").clientHeight / 2];
 
 const EVERYWHERE = {
-  "?": () => $("help").open || $("help").showModal(),
+  "?": () => { $("help").showModal(); $("help-title").focus(); },
   d: toggleTheme,
   c: () => setControl(!state.control),
 };
@@ -675,7 +667,7 @@ document.addEventListener("keydown", (event) => {
   action();
 });
 
-$("search").addEventListener("input", () => go({ q: $("search").value.trim(), map: null, rank: 0 }, true));
+$("search").addEventListener("input", () => go({ q: $("search").value.trim(), map: null, rank: 0, in: "" }, true));
 $("search").addEventListener("keydown", (event) => {
   if (event.key === "Escape") $("search").blur();
   if (event.key === "Enter" || event.key === "ArrowDown") {
