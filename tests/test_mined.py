@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from zfcuda.deconv import Layer, Mined, MinedLayer, Preprocessing, Skipped, Source
 from zfcuda.deconv import mined as module
 
-CONV = Layer("features.conv", "conv", ("features.relu",), 4, (6, 5), (7, 9), (2, 1), (-1, 0))
-FULL = Layer("fc", "linear", (), 3, None, None, None, None)
+CONV = Layer("features.conv", "conv", ("features.relu",), 4, (6, 5), (7, 9), (2, 1), (-1, 0), 480, 90)
+FULL = Layer("fc", "linear", (), 3, None, None, None, None, 12, None)
 
 
 def mined_layer(layer, maps, top, seed):

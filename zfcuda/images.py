@@ -26,8 +26,8 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """The images of a folder, or a list of files, as inputs of a network.
 
     An image is turned upright (EXIF), scaled so that its short side is ``short_side``, cropped about its centre to
-    ``input_size``, and becomes ``(pixels - mean) / std`` with pixels in 0 … 255. A file that cannot be read raises when its
-    item is asked for; `zfcuda.deconv.mine` reports and skips it.
+    ``input_size``, and becomes ``(pixels - mean) / std`` with pixels in 0 … 255. A file that cannot be read raises when
+    its item is asked for; `zfcuda.deconv.mine` reports and skips it.
 
     Parameters
     ----------
@@ -69,7 +69,9 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         if short_side is not None and short_side < max(self.input_size):
             raise ValueError(f"short_side is {short_side}; it must be at least input_size, {self.input_size}")
         self.short_side, self.channels = short_side, channels
-        self.preprocessing = Preprocessing(*(tuple(np.broadcast_to(v, channels).astype(float).tolist()) for v in (mean, std)))
+        self.preprocessing = Preprocessing(
+            *(tuple(np.broadcast_to(v, channels).astype(float).tolist()) for v in (mean, std))
+        )
         self.root = Path(files) if isinstance(files, (str, os.PathLike)) else None
         self.paths = _find(self.root) if self.root else [Path(file) for file in files]  # type: ignore[union-attr]
         names = [path.relative_to(self.root) for path in self.paths] if self.root else []

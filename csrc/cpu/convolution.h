@@ -147,12 +147,4 @@ void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilog
         });
 }
 
-// Workspaces are cut at cache lines.
-constexpr std::int64_t kLine = 64;
-template <typename T>
-T* aligned(Address workspace) {
-    const auto address = reinterpret_cast<std::uintptr_t>(workspace.value);
-    return reinterpret_cast<T*>(gemm::round_up(static_cast<std::int64_t>(address), kLine));
-}
-
 }  // namespace zfcuda

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace zfcuda {
 
@@ -44,7 +47,56 @@ struct Lanes {
         copy(to, &bytes, lanes);
     }
 
+    // sum, plus the values whose byte is `wanted` (in the first `lanes` lanes).
+    static Value add_where(const Value& sum, const T* values, const std::uint8_t* bytes, Int wanted,
+                           std::int64_t lanes) {
+#if defined(__AVX512BW__)
+        if constexpr (sizeof(T) == 4)
+            if (lanes == count) {
+                const __m128i from = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+                const __mmask16 hit = _mm_cmpeq_epi8_mask(from, _mm_set1_epi8(char(wanted)));
+                return (Value)_mm512_mask_add_ps((__m512)sum, hit, (__m512)sum,
+                                                 _mm512_loadu_ps(values));
+            }
+#endif
+        return load_bytes(bytes, lanes) == wanted ? sum + load(values, lanes) : sum;
+    }
+
+    // Writes the lanes that are not zero, in order, and the same lanes of `index`; returns how
+    // many. A whole vector may be written.
+    static int compress(const Value& value, const Integer& index, T* values,
+                        std::int32_t* indices) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4) {
+            const __mmask16 some = _mm512_cmp_ps_mask((__m512)value, __m512{}, _CMP_NEQ_UQ);
+            _mm512_storeu_ps(values, _mm512_maskz_compress_ps(some, (__m512)value));
+            _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(some, (__m512i)index));
+            return __builtin_popcount(some);
+        }
+#endif
+        int found = 0;
+        for (unsigned left = nonzero(value); left; left &= left - 1, ++found) {
+            const int i = __builtin_ctz(left);
+            values[found] = value[i];
+            indices[found] = static_cast<std::int32_t>(index[i]);
+        }
+        return found;
+    }
+
   private:
+    // Bit i: lane i is not zero.
+    static unsigned nonzero(const Value& value) {
+        const Integer some = value != 0;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)some);
+#elif defined(__AVX2__)
+        if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)some);
+        if constexpr (sizeof(T) == 8) return _mm256_movemask_pd((__m256d)some);
+#endif
+        unsigned bits = 0;
+        for (int i = 0; i < count; ++i) bits |= unsigned(some[i] & 1) << i;
+        return bits;
+    }
     template <typename To, typename From>
     static To convert(const From& from) {
         return __builtin_convertvector(from, To);

@@ -33,6 +33,14 @@ void parallel_for(std::int64_t count, const Exec& exec, Body&& body) {
     parallel_for_thread(count, exec, [&](std::int64_t i, int) { body(i); });
 }
 
+// Workspaces are cut at cache lines.
+constexpr std::int64_t kLine = 64;
+template <typename T>
+T* aligned(Address workspace) {
+    const auto address = reinterpret_cast<std::uintptr_t>(workspace.value);
+    return reinterpret_cast<T*>((address + kLine - 1) / kLine * kLine);
+}
+
 // The smallest body(i), i in [0, count), or `none` where there is nothing smaller.
 template <typename Body>
 std::int64_t parallel_min(std::int64_t count, std::int64_t none, const Exec& exec, Body&& body) {

@@ -1,78 +1,159 @@
 // One step down of a receptive-field-local projection: unpool, gate, transposed convolution, clip.
-// The plain form, one multiplication at a time.
-#include "parallel.h"
+#include "window_product.h"
 
 namespace zfcuda {
 namespace {
 
-// The gated maps of one window, (out_height, out_width, out_channels).
-template <typename T>
-void read_maps(const WindowShape& s, Gate gate, std::int64_t window, const T* signal,
-               const std::uint8_t* switches, const std::uint8_t* positive, T* maps) {
-    const std::int64_t size = s.out_height * s.out_width * s.out_channels;
-    if (s.pooled()) {
-        std::fill_n(maps, size, T(0));
-        const std::int64_t pooled = s.pooled_height * s.pooled_width * s.out_channels;
-        const std::int64_t taps = s.pool_kernel_h * s.pool_kernel_w;
-        for (std::int64_t i = 0; i < pooled; ++i) {
-            const std::int64_t tap = switches[window * pooled + i], c = i % s.out_channels;
-            if (tap >= taps) continue;
-            const std::int64_t x = i / s.out_channels % s.pooled_width * s.pool_stride_w +
-                                   tap % s.pool_kernel_w * s.pool_dilation_w;
-            const std::int64_t y = i / s.out_channels / s.pooled_width * s.pool_stride_h +
-                                   tap / s.pool_kernel_w * s.pool_dilation_h;
-            maps[(y * s.out_width + x) * s.out_channels + c] += signal[window * pooled + i];
-        }
-    } else {
-        std::copy_n(signal + window * size, size, maps);
-    }
-    for (std::int64_t i = 0; i < size; ++i) {
-        const std::int64_t c = i % s.out_channels, at = window * size + i;
-        if ((gate == Gate::deconvnet || gate == Gate::guided) && maps[i] <= 0) maps[i] = 0;
-        if ((gate == Gate::backprop || gate == Gate::guided) &&
-            !(positive[at / s.out_channels * s.bit_bytes() + c / 8] >> c % 8 & 1))
-            maps[i] = 0;
-    }
-}
-
-// Adds one map position's value to the image window.
-template <typename T>
-void add_filter(const WindowShape& s, T value, std::int64_t o, std::int64_t y, std::int64_t x,
-                const T* weight, T* image) {
-    const std::int64_t first = o / s.out_per_group() * s.in_per_group();
-    for (std::int64_t c = 0; c < s.in_per_group(); ++c)
-        for (std::int64_t tap = 0; tap < s.taps(); ++tap) {
-            const std::int64_t row = y * s.stride_h + tap / s.kernel_w * s.dilation_h;
-            const std::int64_t column = x * s.stride_w + tap % s.kernel_w * s.dilation_w;
-            image[(row * s.in_width + column) * s.in_channels + first + c] +=
-                value * weight[(o * s.in_per_group() + c) * s.taps() + tap];
-        }
-}
+// The image windows of a unit of work together have about this many bytes (at least one window):
+// the panels are read once a unit, the windows once a panel.
+constexpr std::int64_t kUnitBytes = 512 * 1024;
 
 template <typename T>
-void clip(const WindowShape& s, std::int64_t top, std::int64_t left, T* image) {
-    for (std::int64_t y = 0; y < s.in_height; ++y)
-        for (std::int64_t x = 0; x < s.in_width; ++x) {
-            const std::int64_t row = top + y, column = left + x;
-            if (row < 0 || row >= s.image_height || column < 0 || column >= s.image_width)
-                std::fill_n(image + (y * s.in_width + x) * s.in_channels, s.in_channels, T(0));
+struct Plan {
+    const WindowShape& s;
+    Panels<T> panels;
+    std::int64_t window, unit, units;  // values of an image window; windows of a unit
+    bool direct;                       // whether runs are whole vectors, written to the image
+    std::int64_t values, items;
+
+    Plan(const WindowShape& shape, const Exec& exec)
+        : s(shape), panels(shape), window(s.in_height * s.in_width * s.in_channels) {
+        const std::int64_t fit = std::max<std::int64_t>(kUnitBytes / (window * sizeof(T)), 1);
+        unit = std::min(fit, gemm::divide_up(s.windows, max_threads(exec)));
+        units = gemm::divide_up(s.windows, unit);
+        direct = panels.width % kUnit<T> == 0;
+        values = unit * MapReader<T>::capacity(s, panels.channels) + gemm::kVector<T>;
+        items = unit * s.out_height * s.out_width;
+    }
+    std::int64_t scratch() const { return direct ? 0 : unit * window + gemm::kVector<T>; }
+};
+
+// The parts of the workspace, at cache lines.
+class Cutter {
+  public:
+    explicit Cutter(Address workspace)
+        : start(reinterpret_cast<std::uintptr_t>(workspace.value)), end(start) {}
+
+    template <typename P>
+    P* take(std::int64_t count) {
+        end = (end + 63) / 64 * 64;
+        P* const part = reinterpret_cast<P*>(end);
+        end += count * sizeof(P);
+        return part;
+    }
+    std::int64_t bytes() const { return static_cast<std::int64_t>(end - start) + 64; }
+
+  private:
+    std::uintptr_t start, end;
+};
+
+template <typename T>
+struct Own {  // of one thread
+    Lists<T> lists;
+    std::int32_t* sizes;
+    std::uint8_t* empty;
+    T* scratch;
+
+    Own(const Plan<T>& plan, Cutter& cutter)
+        : lists{cutter.take<T>(plan.values),
+                cutter.take<std::int32_t>(plan.values),
+                cutter.take<Item>(plan.items),
+                cutter.take<Item>(plan.items),
+                0,
+                0},
+          sizes(cutter.take<std::int32_t>(plan.panels.channels + 2)),
+          empty(cutter.take<std::uint8_t>(plan.s.pooled_height * plan.s.pooled_width)),
+          scratch(cutter.take<T>(plan.scratch())) {}
+};
+
+template <typename T>
+struct Shared {
+    Covering* table;
+
+    Shared(const Plan<T>& plan, Cutter& cutter)
+        : table(cutter.take<Covering>(MapReader<T>::table_size(plan.s))) {}
+};
+
+template <template <typename> typename Part, typename T>
+std::int64_t bytes_of(const Plan<T>& plan) {
+    Cutter cutter(Address{});
+    Part<T>(plan, cutter);
+    return cutter.bytes();
+}
+
+// Writes the part of a window inside the whole image, and zeros around it; `from` may be `to`.
+template <typename T>
+void clip(const WindowShape& s, const std::int64_t* origin, const T* from, T* to) {
+    const std::int64_t line = s.in_width * s.in_channels;
+    const auto inside = [](std::int64_t start, std::int64_t size, std::int64_t limit) {
+        const std::int64_t first = std::clamp<std::int64_t>(-start, 0, size);
+        return std::pair(first, std::clamp<std::int64_t>(limit - start, first, size));
+    };
+    const auto [top, bottom] = inside(origin[0], s.in_height, s.image_height);
+    const auto [left, right] = inside(origin[1], s.in_width, s.image_width);
+    std::fill_n(to, top * line, T(0));
+    for (std::int64_t y = top; y < bottom; ++y) {
+        T* row = to + y * line;
+        std::fill_n(row, left * s.in_channels, T(0));
+        if (from != to)
+            std::copy(from + y * line + left * s.in_channels,
+                      from + y * line + right * s.in_channels, row + left * s.in_channels);
+        std::fill(row + right * s.in_channels, row + line, T(0));
+    }
+    std::fill_n(to + bottom * line, (s.in_height - bottom) * line, T(0));
+}
+
+template <typename T>
+void run_unit(const Plan<T>& plan, const MapReader<T>& maps, const T* packed,
+              const std::int64_t* origins, std::int64_t first, Own<T> own, T* image) {
+    const WindowShape& s = plan.s;
+    const Panels<T>& p = plan.panels;
+    const std::int64_t windows = std::min(plan.unit, s.windows - first);
+    T* const target = plan.direct ? image + first * plan.window : own.scratch;
+    std::fill_n(target, windows * plan.window, T(0));
+    for (std::int64_t group = 0; group < s.groups; ++group)
+        for (std::int64_t block = 0; block < p.blocks; ++block) {
+            const std::int64_t base = group * s.out_per_group();
+            const std::int64_t from = block * p.channels;
+            const std::int64_t to = std::min(from + p.channels, s.out_per_group());
+            own.lists.used = own.lists.count = 0;
+            for (std::int64_t w = 0; w < windows; ++w)
+                maps.read(first + w, {base + from, base + to, p.row_step()}, w * plan.window,
+                          own.lists, own.empty);
+            sort_by_length(own.lists, to - from, own.sizes);
+            add_block(s, p, own.lists, packed, group, block, target);
         }
+    for (std::int64_t w = 0; w < windows; ++w)
+        clip(s, origins + 2 * (first + w), target + w * plan.window,
+             image + (first + w) * plan.window);
 }
 
 }  // namespace
 
 std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec&) {
-    return s.out_channels * s.in_per_group() * s.taps() * (dtype == Dtype::float32 ? 4 : 8);
+    std::int64_t bytes = 0;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        bytes = kLine + sizeof(T) * Panels<T>(s).packed_size(s.groups);
+    });
+    return bytes;
 }
 
 void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Address packed,
                           const Exec& exec) {
-    std::copy_n(weight.as<const char>(), window_deconv2d_packed(s, dtype, exec), packed.as<char>());
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        pack_panels(s, Panels<T>(s), weight.as<const T>(), aligned<T>(packed), exec);
+    });
 }
 
 std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const Exec& exec) {
-    const std::int64_t maps = s.out_height * s.out_width * s.out_channels;
-    return max_threads(exec) * maps * (dtype == Dtype::float32 ? 4 : 8);
+    std::int64_t bytes = 0;
+    with_dtype(dtype, [&](auto zero) {
+        const Plan<decltype(zero)> plan(s, exec);
+        bytes = bytes_of<Shared>(plan) + max_threads(exec) * bytes_of<Own>(plan);
+    });
+    return bytes;
 }
 
 void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signal, Address switches,
@@ -80,19 +161,15 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
                      Address workspace, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const std::int64_t size = s.in_height * s.in_width * s.in_channels;
-        parallel_for_thread(s.windows, exec, [&](std::int64_t window, int thread) {
-            T* maps = workspace.as<T>() + thread * s.out_height * s.out_width * s.out_channels;
-            T* result = image.as<T>() + window * size;
-            read_maps(s, gate, window, signal.as<const T>(), switches.as<const std::uint8_t>(),
-                      positive.as<const std::uint8_t>(), maps);
-            std::fill_n(result, size, T(0));
-            for (std::int64_t i = 0; i < s.out_height * s.out_width * s.out_channels; ++i)
-                if (maps[i] != 0)
-                    add_filter(s, maps[i], i % s.out_channels, i / s.out_channels / s.out_width,
-                               i / s.out_channels % s.out_width, packed.as<const T>(), result);
-            const auto* origin = origins.as<const std::int64_t>() + 2 * window;
-            clip(s, origin[0], origin[1], result);
+        const Plan<T> plan(s, exec);
+        Cutter cutter(workspace);
+        const MapReader<T> maps(s, gate, signal.as<const T>(), switches.as<const std::uint8_t>(),
+                                positive.as<const std::uint8_t>(), Shared(plan, cutter).table);
+        char* const own = workspace.as<char>() + bytes_of<Shared>(plan);
+        parallel_for_thread(plan.units, exec, [&](std::int64_t unit, int thread) {
+            Cutter mine(Address{own + thread * bytes_of<Own>(plan)});
+            run_unit(plan, maps, aligned<const T>(packed), origins.as<const std::int64_t>(),
+                     unit * plan.unit, Own(plan, mine), image.as<T>());
         });
     });
 }

@@ -10,12 +10,13 @@
 namespace zfcuda {
 
 std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return tap_gemm_workspace<false>(s, dtype);
+    return packed_weights<false>(s, dtype);
 }
 
 void conv2d(const ConvShape& s, Dtype dtype, Gate gate, Address image, Address weight, Address bias,
             Address forward, Address maps, Address workspace, const Exec& exec) {
-    tap_gemm<false>(s, dtype, gate, image, weight, bias, forward, maps, workspace, exec);
+    pack_weights<false>(s, dtype, weight, workspace, exec);
+    tap_gemm<false>(s, dtype, gate, image, workspace, bias, forward, maps, exec);
 }
 
 }  // namespace zfcuda

@@ -7,17 +7,29 @@
 // The product is tap_gemm.cuh's, a slice of the grid for each phase of the stride: a 7x7 filter
 // with stride 2 becomes 16 + 12 + 12 + 9 taps instead of four times 49 with zeros between. The
 // gate acts while the signal is loaded. Least bytes: signal (and forward) + weights + image.
+#include "packed_deconv2d.cuh"
 #include "tap_gemm.cuh"
 
 namespace zfcuda {
 
 std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return tap_gemm_workspace<true>(s, dtype);
+    return packed_weights<true>(s, dtype);
 }
 
 void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address forward,
               Address weight, Address bias, Address image, Address workspace, const Exec& exec) {
-    tap_gemm<true>(s, dtype, gate, signal, weight, bias, forward, image, workspace, exec);
+    deconv2d_pack(s, dtype, weight, workspace, exec);
+    tap_gemm<true>(s, dtype, gate, signal, workspace, bias, forward, image, exec);
+}
+
+void deconv2d_pack(const ConvShape& s, Dtype dtype, Address weight, Address packed,
+                   const Exec& exec) {
+    pack_weights<true>(s, dtype, weight, packed, exec);
+}
+
+void deconv2d_packed(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address packed,
+                     Address image, const Exec& exec) {
+    tap_gemm<true>(s, dtype, gate, signal, packed, Address{}, Address{}, image, exec);
 }
 
 }  // namespace zfcuda

@@ -265,25 +265,23 @@ void launch_tap_gemm(TapPlan p, Address source, Address packed, Address bias, Ad
            result.as<T>());
 }
 
-// Packs the weights into the workspace and multiplies. `gate` acts on the source of the transposed
-// convolution, on the result of the other.
+// `gate` acts on the source of the transposed convolution, on the result of the other; `packed` are
+// the weights, by pack_weights.
 template <bool kTransposed>
-void tap_gemm(const ConvShape& s, Dtype dtype, Gate gate, Address source, Address weight,
-              Address bias, Address forward, Address result, Address workspace, const Exec& exec) {
+void tap_gemm(const ConvShape& s, Dtype dtype, Gate gate, Address source, Address packed,
+              Address bias, Address forward, Address result, const Exec& exec) {
     const TapPlan p = tap_plan<kTransposed>(s, dtype, gate);
     const auto multiply = [&](auto launcher) {
-        launcher(p, source, workspace, bias, mask_of(gate, forward), result, exec);
+        launcher(p, source, packed, bias, mask_of(gate, forward), result, exec);
     };
     const bool channels_last = s.channels_last != 0;
     if (dtype == Dtype::float64) {
         using Square = Tile<double, 64, 64>;
-        launch_pack_weights<double, kTransposed>(p, weight, workspace, exec);
         return channels_last ? multiply(launch_tap_gemm<double, Square, kTransposed, true, 1>)
                              : multiply(launch_tap_gemm<double, Square, kTransposed, false, 1>);
     }
     using Wide = Tile<float, 128, 64>;
     using Narrow = Tile<float, 256, 16>;
-    launch_pack_weights<float, kTransposed>(p, weight, workspace, exec);
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);
     if (narrow(p.columns, dtype)) {
         if (vector) return multiply(launch_tap_gemm<float, Narrow, kTransposed, true, 4>);

@@ -80,8 +80,9 @@ inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
     return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
 }
 
+// Bytes of the packed weights.
 template <bool kTransposed>
-std::int64_t tap_gemm_workspace(const ConvShape& s, Dtype dtype) {
+std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
     return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
@@ -151,6 +152,16 @@ void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const
     if (blocks == 0) return;
     launch(pack_weights_kernel<T, kTransposed>, dim3(static_cast<unsigned>(blocks)),
            dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<T>());
+}
+
+template <bool kTransposed>
+void pack_weights(const ConvShape& s, Dtype dtype, Address weight, Address packed,
+                  const Exec& exec) {
+    const TapPlan p = tap_plan<kTransposed>(s, dtype, Gate::none);
+    if (dtype == Dtype::float32)
+        launch_pack_weights<float, kTransposed>(p, weight, packed, exec);
+    else
+        launch_pack_weights<double, kTransposed>(p, weight, packed, exec);
 }
 
 }  // namespace zfcuda

@@ -7,25 +7,27 @@
 //                       with my * stride + ky * dilation = y, likewise mx;
 //                       0 where origins[i] + (y, x) lies outside the whole map
 //
-//   signal         maps           image            the whole map below
-//   +--+ unpool    +------+       +------------+   +-- - - -
-//   |  | -------->  |  bits|  ---> |            |   |  the window's part outside is cleared
-//   +--+           +------+ gemm  +------------+
+//   signal            maps                 image
+//   +----+  unpool,   +--------+  tap_gemm  +--------------+
+//   |    | ---------> |        | ---------> | whole  | 0 0 |   0: the window's part beyond the map
+//   +----+  bits      +--------+            | map    | 0 0 |
+//                                           +--------------+
 //
-// The product is deconv2d's, with the windows as its batch: rows of the product are pixels of all
-// windows, so tiles are full however small a window is, and a weight is read once a tile, not once
-// a window. Its gate rectifies while it loads. Unpooled or masked maps are written first, by
-// gathering, for as many windows at a time as fit kMapsBytes, which an L2 of that size keeps.
-// Then a warp a row clears what lies outside. Every order is fixed; no atomics.
-// Work: 2 * windows * taps * map positions * in_channels * out_channels operations (a group's
-// share of each). Least bytes: signal + switches + bits + weights + image; the maps, written and
-// read once where there are any, come on top, from L2.
-// The zeros that unpooling leaves are multiplied (at most one position in stride² is not zero, but
-// which one differs between channels): to skip them needs lists, the fast form to come.
+// The product is deconv2d's, with the windows as its batch: its rows are pixels of all windows, so
+// tiles are full however small a window is, and a weight is read once a tile instead of once a
+// window, as a block a window would. Its gate rectifies while it loads. Maps that are unpooled or
+// masked are written first, by gathering (pool_windows.cuh), for as many windows at a time as fit
+// kMapsBytes, so that an L2 of that size still has them when they are read. At last a warp a row
+// clears what lies outside. Every order is fixed; nothing is added atomically.
+// Work: 2 * windows * taps * map positions * in_channels * out_channels / groups operations. Least
+// bytes: signal + switches + bits + weights + image; maps that must be written come on top, twice.
+// The zeros that unpooling leaves are multiplied. They are most of what there is, but each channel
+// has its own: passing over them takes lists of the others, which is the fast form to come.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
 #include "gate.cuh"
+#include "packed_deconv2d.cuh"
 #include "pool_windows.cuh"
 
 namespace zfcuda {
@@ -33,6 +35,7 @@ namespace {
 
 constexpr std::int64_t kMapsBytes = 32 << 20;
 
+// The maps that the product reads: unpooled, zero where the forward map was not positive.
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads)
     window_maps_kernel(Windows w, const T* signal, const std::uint8_t* switches,
@@ -78,13 +81,6 @@ __global__ void __launch_bounds__(kThreads)
         to[i] = T(0);
 }
 
-// The weight packed for many calls is the weight: deconv2d packs nothing.
-__global__ void __launch_bounds__(kThreads)
-    copy_words_kernel(std::int64_t words, const std::uint32_t* from, std::uint32_t* to) {
-    const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i < words) to[i] = from[i];
-}
-
 std::int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
 
 // Windows whose maps are in the workspace at a time.
@@ -94,48 +90,27 @@ std::int64_t chunk_windows(const WindowShape& s, Dtype dtype) {
 }
 
 ConvShape convolution(const WindowShape& s, std::int64_t windows) {
-    return {windows,
-            s.in_channels,
-            s.in_height,
-            s.in_width,
-            s.out_channels,
-            s.out_height,
-            s.out_width,
-            s.kernel_h,
-            s.kernel_w,
-            s.stride_h,
-            s.stride_w,
-            0,
-            0,
-            s.dilation_h,
-            s.dilation_w,
-            s.groups,
-            1};
+    ConvShape c = {};
+    c.batch = windows, c.groups = s.groups, c.channels_last = 1;
+    c.in_channels = s.in_channels, c.in_height = s.in_height, c.in_width = s.in_width;
+    c.out_channels = s.out_channels, c.out_height = s.out_height, c.out_width = s.out_width;
+    c.kernel_h = s.kernel_h, c.kernel_w = s.kernel_w;
+    c.stride_h = s.stride_h, c.stride_w = s.stride_w;
+    c.dilation_h = s.dilation_h, c.dilation_w = s.dilation_w;
+    return c;
 }
 
 // The pool of `windows` windows; without one, of single positions.
 PoolShape pool(const WindowShape& s, std::int64_t windows) {
-    PoolShape p = {windows,
-                   s.out_channels,
-                   s.out_height,
-                   s.out_width,
-                   s.out_height,
-                   s.out_width,
-                   1,
-                   1,
-                   1,
-                   1,
-                   0,
-                   0,
-                   1,
-                   1,
-                   1};
-    if (s.pooled()) {
-        p.out_height = s.pooled_height, p.out_width = s.pooled_width;
-        p.kernel_h = s.pool_kernel_h, p.kernel_w = s.pool_kernel_w;
-        p.stride_h = s.pool_stride_h, p.stride_w = s.pool_stride_w;
-        p.dilation_h = s.pool_dilation_h, p.dilation_w = s.pool_dilation_w;
-    }
+    PoolShape p = {};
+    p.batch = windows, p.channels = s.out_channels, p.channels_last = 1;
+    p.in_height = s.out_height, p.in_width = s.out_width;
+    const bool any = s.pooled();
+    p.out_height = any ? s.pooled_height : s.out_height;
+    p.out_width = any ? s.pooled_width : s.out_width;
+    p.kernel_h = any ? s.pool_kernel_h : 1, p.kernel_w = any ? s.pool_kernel_w : 1;
+    p.stride_h = any ? s.pool_stride_h : 1, p.stride_w = any ? s.pool_stride_w : 1;
+    p.dilation_h = any ? s.pool_dilation_h : 1, p.dilation_w = any ? s.pool_dilation_w : 1;
     return p;
 }
 
@@ -170,28 +145,20 @@ void clip_windows(const WindowShape& s, Address origins, Address image, const Ex
            origins.as<const std::int64_t>(), image.as<T>());
 }
 
-// Where the maps lie in the workspace, behind the convolution's own.
-std::int64_t maps_at(const WindowShape& s, Dtype dtype, const Exec& exec) {
-    return (deconv2d_workspace(convolution(s, 1), dtype, exec) + 15) / 16 * 16;
-}
-
 }  // namespace
 
-std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec&) {
-    return s.out_channels * s.in_per_group() * s.taps() * element_bytes(dtype);
+std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec& exec) {
+    return deconv2d_workspace(convolution(s, 1), dtype, exec);
 }
 
 void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Address packed,
                           const Exec& exec) {
-    const std::int64_t words = window_deconv2d_packed(s, dtype, exec) / 4;
-    const auto blocks = static_cast<unsigned>((words + kThreads - 1) / kThreads);
-    launch(copy_words_kernel, dim3(blocks), dim3(kThreads), 0, exec, words,
-           weight.as<const std::uint32_t>(), packed.as<std::uint32_t>());
+    deconv2d_pack(convolution(s, 1), dtype, weight, packed, exec);
 }
 
-std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const Exec& exec) {
+std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const Exec&) {
     const std::int64_t maps = s.out_height * s.out_width * s.out_channels;
-    return maps_at(s, dtype, exec) + chunk_windows(s, dtype) * maps * element_bytes(dtype);
+    return chunk_windows(s, dtype) * maps * element_bytes(dtype);
 }
 
 void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signal, Address switches,
@@ -202,7 +169,7 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
     const std::int64_t positions = s.out_height * s.out_width, bytes = element_bytes(dtype);
     const std::int64_t chunk = direct ? s.windows : chunk_windows(s, dtype);
     const Gate rectifier = static_cast<Gate>(static_cast<int>(gate) & kRectify);
-    const Address maps = direct ? signal : advance(workspace, maps_at(s, dtype, exec), 1);
+    const Address maps = direct ? signal : workspace;
     for (std::int64_t first = 0; first < s.windows; first += chunk) {
         const std::int64_t windows = std::min(chunk, s.windows - first);
         const PoolShape unpool = pool(s, windows);
@@ -212,8 +179,8 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
                        advance(switches, from, 1),
                        advance(positive, first * positions * s.bit_bytes(), 1), maps, exec);
         const std::int64_t to = first * s.in_height * s.in_width * s.in_channels;
-        deconv2d(convolution(s, windows), dtype, rectifier, maps, Address{}, packed, Address{},
-                 advance(image, to, bytes), workspace, exec);
+        deconv2d_packed(convolution(s, windows), dtype, rectifier, maps, packed,
+                        advance(image, to, bytes), exec);
     }
     (dtype == Dtype::float32 ? clip_windows<float> : clip_windows<double>)(s, origins, image, exec);
 }

@@ -3,6 +3,7 @@
 from zfcuda.deconv.deconvnet import DeconvNet, Record, Strongest
 from zfcuda.deconv.local import Crops
 from zfcuda.deconv.mined import Mined, MinedLayer, Preprocessing, Skipped, Source
+from zfcuda.deconv.mining import mine, mining_memory
 from zfcuda.deconv.notebook import show
 from zfcuda.deconv.projections import Projections
 from zfcuda.deconv.receptive_field import Box, Layer
@@ -20,5 +21,7 @@ __all__ = [
     "Skipped",
     "Source",
     "Strongest",
+    "mine",
+    "mining_memory",
     "show",
 ]

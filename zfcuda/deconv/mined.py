@@ -15,11 +15,13 @@ On disk it is a folder::
       "model": "9f86d081...",                      SHA-256 of the model's state dict
       "preprocessing": {"mean": [...], "std": [...]} or null,
       "classes": ["cat", ...] or null,
+      "dataset": {...},                            what tells the data set from another
       "skipped": [{"index": 17, "name": "b/x.jpg", "reason": "..."}, ...],
       "sources": {"42": {"name": "a/y.jpg", "label": 0, "path": "/data/a/y.jpg", "size": [480, 640],
                          "box": [0, 80, 480, 560]}, ...},
       "layers": [{"file": "conv1.3.safetensors", "name": "conv1", "kind": "conv", "aliases": [], "channels": 96,
-                  "size": [110, 110], "receptive_field": [7, 7], "jump": [2, 2], "start": [-1, -1]}, ...]
+                  "size": [110, 110], "receptive_field": [7, 7], "jump": [2, 2], "start": [-1, -1],
+                  "map_bytes": 4646400, "switch_bytes": 0}, ...]
     }
 
 Absent values are null. In a safetensors file ``switches.pool1`` and ``positive.conv1`` are items of the two mappings.
@@ -169,6 +171,8 @@ class Mined(Mapping[str, MinedLayer]):
         Names of the labels 0, 1, …, where the data set knows them.
     model : str
         SHA-256 of the model's state dict: projections want the same weights.
+    dataset : dict
+        What tells the data set from another: number of images, digest of their names, preprocessing; in JSON's types.
     """
 
     layers: dict[str, MinedLayer]
@@ -183,6 +187,7 @@ class Mined(Mapping[str, MinedLayer]):
     sources: dict[int, Source] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     classes: list[str] | None = None
+    dataset: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> MinedLayer:
         if name in self.layers:
@@ -229,6 +234,7 @@ class Mined(Mapping[str, MinedLayer]):
             "model": self.model,
             "preprocessing": self.preprocessing and dataclasses.asdict(self.preprocessing),
             "classes": self.classes,
+            "dataset": self.dataset,
             "skipped": [dataclasses.asdict(s) for s in self.skipped],
             "sources": {str(i): dataclasses.asdict(s) for i, s in sorted(self.sources.items())},
             "layers": [dataclasses.asdict(m.layer) for m in self.values()],
@@ -266,6 +272,7 @@ class Mined(Mapping[str, MinedLayer]):
                 {int(i): Source(**{k: _tuples(v) for k, v in s.items()}) for i, s in document["sources"].items()},
                 preprocessing and Preprocessing(**{k: _tuples(v) for k, v in preprocessing.items()}),
                 document["classes"],
+                document["dataset"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(Path(folder) / DOCUMENT, error) from None
@@ -291,8 +298,8 @@ def write_folder(folder: Path, document: dict[str, Any], tensors: Tensors) -> No
         (folder / file).unlink(missing_ok=True)
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
-    """What `write_folder` wrote."""
+def read_document(folder: Path) -> dict[str, Any]:
+    """The document that `write_folder` wrote."""
     path = folder / DOCUMENT
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {DOCUMENT}; it must be a folder that mining has finished")
@@ -301,6 +308,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
         raise RuntimeError(
             f"{path} has schema {document.get('schema')!r}; this version of zfcuda reads {SCHEMA}: mine again"
         )
+    return document
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """The document and the tensors that `write_folder` wrote."""
+    document, path = read_document(folder), folder / DOCUMENT
     tensors = {}
     for line in document["layers"]:
         file = folder / line["file"]

@@ -73,8 +73,8 @@ def order_of(groups: Ints, values: Floats, images: Ints, positions: Ints) -> Int
 class ExactSums:
     """Sums of float32 numbers without rounding, so that batches and ranks may be added in any order.
 
-    A number is ``m · 2^(8 b - 173)`` with an integer ``m`` of at most 32 bits and its bin ``b``; the sum of each bin is an
-    int64, exact for 2^31 numbers.
+    A number is ``m · 2^(8 b - 173)`` with an integer ``m`` of at most 32 bits and its bin ``b``; the sum of each bin is
+    an int64, exact for 2^31 numbers.
     """
 
     BITS = 8
@@ -91,7 +91,9 @@ class ExactSums:
         integers = np.ldexp(mantissa.astype(np.float64), 24 + shift)
         place = np.arange(values.shape[1]) * self.BINS + bin_
         # The sums of these integers are exact in float64.
-        self.bins += np.bincount(place.ravel(), integers.ravel(), self.bins.size).astype(np.int64).reshape(-1, self.BINS)
+        self.bins += (
+            np.bincount(place.ravel(), integers.ravel(), self.bins.size).astype(np.int64).reshape(-1, self.BINS)
+        )
 
     def mean(self, count: int) -> Floats:
         """The sums divided by ``count``; zero where there is nothing."""

@@ -241,7 +241,7 @@ def _check(
     positive: Tensor | None,
     switches: Tensor | None,
 ) -> None:
-    check_tensor("signal", signal)
+    _check_signal(signal)
     if signal.dtype != dtype or signal.device != device:
         raise RuntimeError(
             f"signal has dtype {signal.dtype} on {signal.device}; it must be {dtype} on {device} like the weight"
@@ -265,6 +265,15 @@ def _check(
         _check_bytes("positive", positive, bits, "a bit for each value", signal)
 
 
+def _check_signal(signal: Tensor) -> None:
+    if signal.dim() != 4:
+        raise RuntimeError(
+            f"signal has shape {tuple(signal.shape)}; it must be (windows, height, width, channels): "
+            "one window needs unsqueeze(0) too"
+        )
+    check_tensor("signal", signal)
+
+
 def _check_bytes(name: str, value: Tensor, shape: Sequence[int], why: str, like: Tensor) -> None:
     if value.dtype != torch.uint8:
         raise RuntimeError(f"{name} has dtype {value.dtype}; it must be torch.uint8")
@@ -274,7 +283,7 @@ def _check_bytes(name: str, value: Tensor, shape: Sequence[int], why: str, like:
 
 def _check_weight(signal: Tensor, weight: Tensor, groups: int) -> None:
     """What the operator checks besides what a packed weight can be asked for."""
-    check_tensor("signal", signal)
+    _check_signal(signal)
     check_tensor("weight", weight, like=signal)
     if groups < 1 or signal.size(3) % groups or weight.size(0) != signal.size(3):
         raise RuntimeError(

@@ -1,0 +1,17 @@
+// deconv2d in two halves, for an operator that packs its weights once and multiplies many times
+// (window_deconv2d.cu). They are defined in deconv2d.cu, so that its product is compiled once.
+#pragma once
+
+#include "port.cuh"
+
+namespace zfcuda {
+
+// `packed` has room for deconv2d_workspace bytes, and serves every batch and size of the image.
+void deconv2d_pack(const ConvShape& shape, Dtype dtype, Address weight, Address packed,
+                   const Exec& exec);
+
+// deconv2d without bias, for the gates none and deconvnet.
+void deconv2d_packed(const ConvShape& shape, Dtype dtype, Gate gate, Address signal, Address packed,
+                     Address image, const Exec& exec);
+
+}  // namespace zfcuda

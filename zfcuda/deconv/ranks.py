@@ -1,0 +1,51 @@
+"""The processes that mine together."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The ranks of an initialised `torch.distributed`, those of ``torchrun``, or this process alone.
+
+    What they exchange lies in main memory, so they use gloo, whatever the process group of the model.
+    """
+
+    rank, size = 0, 1
+
+    def __enter__(self) -> Ranks:
+        self._started = False
+        if not dist.is_available():
+            return self
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+            dist.init_process_group("gloo")
+            self._started = True
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._started:
+            dist.destroy_process_group()
+        elif self.size > 1:
+            dist.destroy_process_group(self._group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on each of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def sum(self, tensor: Tensor) -> None:
+        """Add up the tensors of all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._group)
