@@ -70,7 +70,8 @@ def pictures(folder: Path, count: int = 24) -> tuple[torch.Tensor, list[Source]]
 def brute_force(model: nn.Module, images: torch.Tensor, sources: list[Source], layers: tuple[str, ...]) -> Mined:
     """Top nine, one an image, from the maps of all images."""
     net = DeconvNet(model, (SIZE, SIZE))
-    maps = net(images).maps
+    record = net(images)
+    maps = record.maps
     lines = {line.name: line for line in net.layers}
     found = {}
     for name in layers:
@@ -80,19 +81,21 @@ def brute_force(model: nn.Module, images: torch.Tensor, sources: list[Source], l
         values, which = values[:, :9].clone(), which[:, :9].clone()
         missing = values <= 0
         positions = patches = None
+        switches = {}
         if maps[name].dim() == 4:
             at = at.gather(1, which)
             positions = torch.stack((at // maps[name].shape[3], at % maps[name].shape[3]), -1)
             boxes = [net.box(name, position) for position in positions.flatten(0, 1).tolist()]
             cut = windows(list(images[which.flatten()].numpy()), np.array(boxes))
             patches = torch.from_numpy(cut).unflatten(0, which.shape).half()
+            kept = net.path(name, (SIZE, SIZE)).cut(record.switches, which.flatten(), positions.flatten(0, 1))
+            switches = {pool: window.unflatten(0, which.shape) for pool, window in kept.switches.items()}
             positions[missing] = -1
             patches[missing] = 0
         which[missing] = -1
         sparsity = (strongest <= 0).float().mean(1)
-        found[name] = MinedLayer(
-            lines[name], values, which, positions, patches, strongest.clamp(min=0).mean(1), sparsity
-        )
+        mean = strongest.clamp(min=0).mean(1)
+        found[name] = MinedLayer(lines[name], values, which, positions, patches, mean, sparsity, switches)
     used = {i for layer in found.values() for i in layer.images.flatten().tolist() if i >= 0}
     known = {i: sources[i] for i in sorted(used)}
     return Mined(found, len(images), 9, 1, 8, (SIZE, SIZE), ("deconvnet",), sources=known,
@@ -103,7 +106,6 @@ def small(folder: Path, layers: tuple[str, ...] = LAYERS) -> tuple[nn.Module, to
     """The network, with a dead map and one that few images move; the images; what is mined of them."""
     model = network()
     images, sources = pictures(folder)
-    IMAGES.update(enumerate(images))
     layer = model.get_submodule(AWKWARD)
     strongest = DeconvNet(model, (SIZE, SIZE))
     with torch.no_grad():
@@ -112,29 +114,3 @@ def small(folder: Path, layers: tuple[str, ...] = LAYERS) -> tuple[nn.Module, to
         layer.bias[FEW] -= (ordered[FEW_COUNT - 1] + ordered[FEW_COUNT]) / 2
         layer.bias[DEAD] -= before[:, DEAD].max() + 1
     return model, images, brute_force(model, images, sources, layers)
-
-
-if not hasattr(DeconvNet, "project_mined"):  # TEMPORARY
-
-    def _project_mined(self, mined, layer, units=None, gate="deconvnet", dataset=None):
-        from zfcuda.deconv.projections import Projections
-
-        found = mined[layer]
-        units = range(len(found.values)) if units is None else units
-        pairs = [(u, r) for u in units for r in range(int(found.count[u]))]
-        u, r = (torch.tensor([p[i] for p in pairs], dtype=torch.long) for i in (0, 1))
-        images = [torch.as_tensor(IMAGES[int(i)]) for i in found.images[u, r]]
-        if found.positions is None:
-            pos, boxes = None, torch.tensor([[0, 0, SIZE, SIZE]]).expand(len(u), 4)
-        else:
-            pos = found.positions[u, r]
-            boxes = torch.tensor([self.box(layer, p) for p in pos.tolist()]).reshape(-1, 4)
-            pos = pos[:, None]
-        if not pairs:
-            return Projections(torch.zeros(0, 3, 9, 9), u, r, boxes)
-        x = torch.stack(images)
-        pixels = self.project(x, layer, u[:, None], pos, gate=gate)[:, 0]
-        return Projections(torch.from_numpy(windows(list(pixels.numpy()), boxes.numpy())), u, r, boxes)
-
-    DeconvNet.project_mined = _project_mined
-IMAGES = {}

@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zfcuda import deconv, jobs, models, nn, ops
+    from zfcuda import attr, deconv, jobs, models, nn, ops
     from zfcuda.deconv import DeconvNet, show
 
 __version__ = "0.1.0"
-__all__ = ["DeconvNet", "__version__", "deconv", "jobs", "models", "nn", "ops", "show"]
+__all__ = ["DeconvNet", "__version__", "attr", "deconv", "jobs", "models", "nn", "ops", "show"]
 
 #: Names of this package that live in a module of it.
 FROM = {"DeconvNet": "zfcuda.deconv", "show": "zfcuda.deconv"}

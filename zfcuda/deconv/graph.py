@@ -91,7 +91,7 @@ class Graph:
         return {j: i for i, node in enumerate(self.nodes) for j in node.inputs}
 
 
-def trace(model: torch.nn.Module) -> Graph:
+def trace(model: torch.nn.Module, joined: bool = True) -> Graph:
     """The graph of a model in evaluation mode, by `torch.fx`; the model is not changed.
 
     Layers have the names of ``model.named_modules()``. A module that is used several times has as many nodes: the
@@ -99,9 +99,18 @@ def trace(model: torch.nn.Module) -> Graph:
     An operation without a module is called after the module whose forward() holds it and its function:
     ``layer1.0.add``, ``layer1.0.relu``, ``layer1.0.relu_1``, ….
 
+    A module that holds others, such as a residual block, is another name of what it returns.
+
     A ReLU that is the only one to see the map of a convolution or linear layer is joined with it, and its name is an
     alias; so is a batch normalisation that is the only one to see such a map: it is folded into the weights when
     they are read. An operation in place changes what all later ones see of that map.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Takes images (N, C, H, W), and returns one tensor.
+    joined : bool
+        False leaves ReLU and batch normalisation nodes of their own.
 
     Raises
     ------
@@ -109,4 +118,4 @@ def trace(model: torch.nn.Module) -> Graph:
         If ``model`` is not a module, or does something that cannot be projected through; the message names it, says
         why, and what to do.
     """
-    return Graph(tuple(lower(model)))
+    return Graph(tuple(lower(model, joined)))

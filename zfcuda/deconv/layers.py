@@ -7,7 +7,7 @@ from math import prod
 from typing import NamedTuple
 
 from zfcuda.deconv.graph import Graph, Node
-from zfcuda.deconv.node import adaptive_window
+from zfcuda.deconv.node import adaptive_window, pair
 from zfcuda.deconv.receptive_field import Field, Layer, Pair
 
 __all__ = ["describe"]
@@ -84,14 +84,13 @@ def _joined(node: Node, inputs: Sequence[Shape]) -> Shape:
 
 def _adaptive(node: Node, shape: Shape) -> Shape:
     """Windows are known where the sizes divide; else a position's pixels follow no rule with one jump."""
-    given = node.module.output_size
-    wanted = (given, given) if isinstance(given, int) else tuple(given)
+    height, width = pair(node.module.output_size)
     if shape.size is None:
-        return Shape(shape.channels, wanted if None not in wanted else None)
-    window = adaptive_window(wanted, shape.size)
-    size = tuple(have if w is None else w for w, have in zip(wanted, shape.size, strict=True))
+        return Shape(shape.channels, (height, width) if height and width else None)
+    window = adaptive_window((height, width), shape.size)
+    size = (height or shape.size[0], width or shape.size[1])
     field = shape.field.through(window) if window and shape.field else None
-    return shape._replace(size=(size[0], size[1]), field=field)
+    return shape._replace(size=size, field=field)
 
 
 def _map_bytes(shape: Shape, itemsize: int) -> int | None:

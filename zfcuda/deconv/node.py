@@ -12,7 +12,7 @@ from torch import Tensor
 from zfcuda import ops
 from zfcuda.deconv.receptive_field import Pair, Window
 
-__all__ = ["Arithmetic", "Channels", "Features", "Node", "laid_out", "per_channel"]
+__all__ = ["Arithmetic", "Channels", "Features", "Node", "adaptive_window", "laid_out", "pair", "per_channel"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Node:
         if self.kind == "affine":
             scale, offset = self.parameters()
             assert offset is not None
+            _check_channels(self.name, scale, x)
             return x * per_channel(scale, x) + per_channel(offset, x)
         if self.kind == "average":
             return module.forward(x)  # not module(x): hooks are not run anywhere
@@ -179,12 +180,16 @@ class Features:
 
 def adaptive_window(output_size: Any, size: Pair) -> Window | None:
     """The window of an adaptive pool on maps of this size; None where its windows differ."""
-    wanted = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    wanted = tuple(have if w is None else w for w, have in zip(wanted, size, strict=True))
+    wanted = tuple(have if w is None else w for w, have in zip(pair(output_size), size, strict=True))
     if any(have % w for w, have in zip(wanted, size, strict=True)):
         return None
     kernel = (size[0] // wanted[0], size[1] // wanted[1])
     return Window(kernel, kernel, (0, 0), (1, 1))
+
+
+def pair(output_size: Any) -> tuple[int | None, int | None]:
+    """An adaptive pool's height and width; None is that of its input."""
+    return tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)
 
 
 def per_channel(value: Tensor, x: Tensor) -> Tensor:
@@ -212,6 +217,11 @@ def _check_equal(name: str, inputs: Sequence[Tensor]) -> None:
             f"{name} adds maps of shapes {tuple(inputs[0].shape)} and {tuple(inputs[1].shape)}; DeconvNet adds only "
             "maps of one shape: use images of the size the model was made for"
         )
+
+
+def _check_channels(name: str, scale: Tensor, x: Tensor) -> None:
+    if scale.dim() and len(scale) != x.shape[1]:
+        raise RuntimeError(f"{name} has constants for {len(scale)} channels, and its input has {x.shape[1]}")
 
 
 def _check_features(node: Node, x: Tensor) -> None:

@@ -1,16 +1,15 @@
 """A model's forward() as a list of nodes, or a clear refusal.
 
-Three steps: `torch.fx` records which modules and functions the forward() calls; each call becomes a node; nodes that
-belong together are joined. Whatever is not known is refused by name, with the reason, rather than projected wrongly.
+Three steps: `torch.fx` records which modules and functions the forward() calls (`zfcuda.deconv.recording`); each call
+becomes a node; nodes that belong together are joined. Whatever is not known (`zfcuda.deconv.kinds`) is refused by name,
+with the reason, rather than projected wrongly.
 """
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -18,231 +17,39 @@ import torch
 from torch import fx
 
 from zfcuda import nn
+from zfcuda.deconv import kinds
+from zfcuda.deconv.kinds import ARITHMETIC, FUNCTIONS, KINDS
 from zfcuda.deconv.node import Arithmetic, Channels, Features, Node
-from zfcuda.deconv.receptive_field import Window
+from zfcuda.deconv.recording import Recording, function_name, is_inplace
 
 __all__ = ["lower"]
 
 _T = torch.nn
 
-#: Modules by what they are to the deconvnet. "alias": nothing to do in evaluation mode.
-KINDS: dict[Any, str] = {
-    nn.ConvReLU2d: "conv",
-    _T.Conv2d: "conv",
-    _T.Linear: "linear",
-    _T.ReLU: "relu",
-    nn.MaxPool2d: "pool",
-    _T.MaxPool2d: "pool",
-    _T.AdaptiveMaxPool2d: "adaptive_pool",
-    _T.AvgPool2d: "average",
-    _T.AdaptiveAvgPool2d: "average",
-    nn.LocalResponseNorm: "norm",
-    _T.LocalResponseNorm: "norm",
-    _T.BatchNorm1d: "affine",
-    _T.BatchNorm2d: "affine",
-    _T.SyncBatchNorm: "affine",
-    _T.Flatten: "flatten",
-    **dict.fromkeys(
-        (_T.Identity, _T.Dropout, _T.Dropout1d, _T.Dropout2d, _T.Dropout3d, _T.AlphaDropout, _T.FeatureAlphaDropout),
-        "alias",
-    ),
-}
 
-#: Functions and methods that do what a module does: the module, the names of the arguments after the input, defaults.
-FUNCTIONS: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
-    "relu": (_T.ReLU, ("inplace",), {}),
-    "relu_": (_T.ReLU, (), {"inplace": True}),
-    "max_pool2d": (
-        _T.MaxPool2d,
-        ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-        {},
-    ),
-    "avg_pool2d": (
-        _T.AvgPool2d,
-        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-        {},
-    ),
-    "adaptive_max_pool2d": (_T.AdaptiveMaxPool2d, ("output_size", "return_indices"), {}),
-    "adaptive_avg_pool2d": (_T.AdaptiveAvgPool2d, ("output_size",), {}),
-    "local_response_norm": (_T.LocalResponseNorm, ("size", "alpha", "beta", "k"), {}),
-    "flatten": (_T.Flatten, ("start_dim", "end_dim"), {"start_dim": 0}),
-    "dropout": (_T.Dropout, ("p", "training", "inplace"), {"training": True}),
-    "dropout2d": (_T.Dropout2d, ("p", "training", "inplace"), {"training": True}),
-    "alpha_dropout": (_T.AlphaDropout, ("p", "training", "inplace"), {"training": False}),
-}
-
-#: Why, by the names of functions and of modules, in lower case and without underscores.
-REASONS: tuple[tuple[str, str], ...] = (
-    (
-        "softmax softmax2d logsoftmax softmin",
-        "probabilities are not projected; leave it out and project the logits",
-    ),
-    (
-        "celu elu gelu glu hardsigmoid hardswish hardtanh leakyrelu logsigmoid mish prelu relu6 rrelu selu sigmoid "
-        "silu softplus softsign tanh threshold clamp clip clampmin",
-        "the paper's gates are defined for ReLU only",
-    ),
-    (
-        "groupnorm layernorm instancenorm1d instancenorm2d instancenorm",
-        "its divisor comes from the image itself, so it is neither an affine map, as batch normalisation is in "
-        "evaluation mode, nor the contrast normalisation that the paper skips",
-    ),
-    (
-        "squeeze unsqueeze permute transpose movedim",
-        "it moves dimensions, and maps must stay (N, C, H, W) until they are flattened; use x.flatten(1) before linear "
-        "layers",
-    ),
-    (
-        "lppool2d fractionalmaxpool2d",
-        "only max-pools with a regular grid have switches to unpool by; replace it by MaxPool2d",
-    ),
-    ("conv2d linear batchnorm", "its parameters belong to no module; use the module of torch.nn instead"),
-)
-UNKNOWN = (
-    "it is none of the supported layers: "
-    + ", ".join(sorted({c.__name__ for c in KINDS}))
-    + (", sums, torch.cat, and products with constants")
-)
-
-#: Calls whose results are numbers or nothing, not maps; whoever takes them for maps is refused.
-PASSIVE = frozenset({"size", "getattr", "dim", "_assert", "_assert_is_none"})
-
-ARITHMETIC = {
-    **dict.fromkeys(("add", "iadd", "add_"), "add"),
-    **dict.fromkeys(("sub", "isub", "sub_", "subtract"), "sub"),
-    **dict.fromkeys(("mul", "imul", "mul_", "multiply"), "mul"),
-    **dict.fromkeys(("truediv", "itruediv", "div", "div_", "divide"), "div"),
-}
-
-
-def lower(model: torch.nn.Module) -> list[Node]:
+def lower(model: torch.nn.Module, joined: bool) -> list[Node]:
     """The nodes of ``model`` in the order in which they run; the last one is its output."""
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    # A layer by itself is a chain of one: fx would look into its forward().
-    root = _T.Sequential(OrderedDict({type(model).__name__: model})) if _is_layer(model) else model
-    tracer = _Tracer()
-    with _evaluation(model):
-        recorded = _record(tracer, root)
-    lowering = _Lowering(root, tracer)
-    for node in _live(recorded, root):
-        lowering.add(node)
-    nodes = _joined(*_needed(lowering.nodes, lowering.result))
+    recording = Recording(model)
+    lowering = _Lowering(recording)
+    for call in recording.calls:
+        if call in recording.live:
+            lowering.add(call)
+        lowering.name_results(call)
+    nodes, uses = _needed(lowering.nodes, lowering.result)
+    if joined:
+        nodes = _joined(nodes, uses)
     if not nodes:
         raise TypeError(f"model is a {type(model).__name__} without layers; there is nothing to project")
     return nodes
 
 
-def _refuse(name: str, what: str, reason: str, cause: BaseException | None = None) -> NoReturn:
-    raise TypeError(f"DeconvNet cannot go back through {name} ({what}): {reason}") from cause
-
-
-def _is_layer(module: torch.nn.Module) -> bool:
-    return isinstance(module, tuple(KINDS))
-
-
-# ------------------------------------------------------------------ recording
-
-
-class _Tracer(fx.Tracer):
-    """Keeps where each call stands: for a module how often it was called before, else the module around it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.around: dict[fx.Node, str] = {}
-        self.use: dict[fx.Node, int] = {}
-        self.failed: tuple[str, str] | None = None
-        self._path = ""
-        self._uses: Counter[str] = Counter()
-
-    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return _is_layer(m) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: torch.nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        outer, self._path = self._path, self.path_of_module(m)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or (self._path, type(m).__name__)
-            raise
-        finally:
-            self._path = outer
-
-    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(kind, target, *args, **kwargs)
-        self.around[node] = self._path
-        if kind == "call_module":
-            self.use[node] = self._uses[target]
-            self._uses[target] += 1
-        return node
-
-
-@contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: a forward() may ask which one it is."""
-    training = [m for m in model.modules() if m.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _record(tracer: _Tracer, root: torch.nn.Module) -> fx.Graph:
-    parameters = list(inspect.signature(root.forward).parameters.values())[1:]
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    try:
-        return tracer.trace(root, defaults or None)
-    except Exception as error:
-        name, what = tracer.failed or (type(root).__name__, "the model")
-        reason = str(error).strip().rstrip(".").split("\n")[0]
-        _refuse(
-            name,
-            what,
-            f"torch.fx cannot follow its forward(): {reason}. What a forward() does must not depend on the values in "
-            "the image or on its size; write such a part as torch.nn.Sequential",
-            error,
-        )
-
-
-def _live(graph: fx.Graph, root: torch.nn.Module) -> list[fx.Node]:
-    """The calls that matter to the output, in order."""
-    live: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op in ("placeholder", "output") or _is_inplace(node, root) or live.intersection(node.users):
-            live.add(node)
-    return [node for node in graph.nodes if node in live]
-
-
-def _is_inplace(node: fx.Node, root: torch.nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
-    function = _function(node)
-    return (
-        (function.endswith("_") and not function.endswith("__"))
-        or (function.startswith("i") and hasattr(operator, f"__{function}__") and node.target is not operator.index)
-        or function == "setitem"
-        or bool(node.kwargs.get("inplace"))
-        or (function == "relu" and node.args[1:] == (True,))
-        or "out" in node.kwargs
-    )
-
-
-def _function(node: fx.Node) -> str:
-    """The name of a function or a method."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-# ------------------------------------------------------------------ one call, one node
-
-
 class _Lowering:
     """Calls become nodes, one by one; ``of`` tells which node's output each call's result is now."""
 
-    def __init__(self, root: torch.nn.Module, tracer: _Tracer) -> None:
-        self.root, self.tracer = root, tracer
+    def __init__(self, recording: Recording) -> None:
+        self.root, self.recording = recording.root, recording
         self.nodes: list[Node] = []
         self.result = -1
         self.of: dict[fx.Node, int] = {}
@@ -251,8 +58,9 @@ class _Lowering:
         self._owner: dict[int, int] = {-1: -1}
         self._stale: dict[int, str] = {}
         self._registered: dict[Any, list[str]] = {}
-        for name, module in root.named_modules(remove_duplicate=False):
+        for name, module in recording.root.named_modules(remove_duplicate=False):
             self._registered.setdefault(module, []).append(name)
+        self._returned: Counter[str] = Counter()
         self._taken = {name for names in self._registered.values() for name in names}
 
     def add(self, call: fx.Node) -> None:
@@ -268,41 +76,48 @@ class _Lowering:
         elif call.op in ("call_function", "call_method"):
             self._call(call)
 
+    def name_results(self, call: fx.Node) -> None:
+        """A module that holds others names what it returns."""
+        for path, result in self.recording.results.get(call, ()):
+            if result in self.of:
+                self._alias(self.of[result], self._nth_name(self.root.get_submodule(path), self._returned[path]))
+                self._returned[path] += 1
+
     # Names
 
     def _name(self, call: fx.Node) -> str:
         if call.op == "call_module":
-            names = self._registered[self.root.get_submodule(str(call.target))]
-            use = self.tracer.use[call]
-            if use < len(names):
-                return names[use]
-            base = names[0]
-        else:
-            around, function = self.tracer.around[call], ARITHMETIC.get(_function(call), _function(call)).strip("_")
-            base = f"{around}.{function}" if around else function
-            if base not in self._taken:
-                self._taken.add(base)
-                return base
-        number = 1
-        while f"{base}_{number}" in self._taken:
-            number += 1
-        self._taken.add(f"{base}_{number}")
-        return f"{base}_{number}"
+            return self._nth_name(self.root.get_submodule(str(call.target)), self.recording.use[call])
+        around, function = self.recording.around[call], function_name(call)
+        function = ARITHMETIC.get(function, function).strip("_")
+        name = f"{around}.{function}" if around else function
+        return self._free(name) if name in self._taken else self._take(name)
+
+    def _nth_name(self, module: torch.nn.Module, use: int) -> str:
+        """Of a module's use: the names that it is registered under, then numbered ones."""
+        names = self._registered[module]
+        return names[use] if use < len(names) else self._free(names[0])
+
+    def _free(self, name: str) -> str:
+        return self._take(next(f"{name}_{n}" for n in itertools.count(1) if f"{name}_{n}" not in self._taken))
+
+    def _take(self, name: str) -> str:
+        self._taken.add(name)
+        return name
 
     def _refuse(self, call: fx.Node, reason: str) -> NoReturn:
-        what = type(self.root.get_submodule(str(call.target))).__name__ if call.op == "call_module" else _function(call)
         if call.op == "output":
-            what = "the output"
-        name = self._name(call) if call.op != "output" else type(self.root).__name__
-        _refuse(name, what, reason)
+            kinds.refuse(type(self.root).__name__, "its output", reason)
+        module = call.op == "call_module"
+        what = type(self.root.get_submodule(str(call.target))).__name__ if module else function_name(call)
+        kinds.refuse(self._name(call), what, reason)
 
     # Maps
 
     def _map(self, call: fx.Node, value: Any) -> int:
         """The node of a call's argument."""
         if not isinstance(value, fx.Node) or value not in self.of:
-            given = f"the second argument {value}" if getattr(value, "op", "") == "placeholder" else f"{value}"
-            self._refuse(call, f"its input is {given}, which is not a map of the one image that the model takes")
+            self._refuse(call, f"its input {_given(value)} is not a map")
         index = self.of[value]
         if index in self._stale:
             self._refuse(
@@ -351,7 +166,7 @@ class _Lowering:
     def _module(self, call: fx.Node, name: str, module: Any, args: Sequence[Any], kwargs: Any) -> None:
         cls: Any = next((c for c in type(module).__mro__ if c in KINDS), None)
         if cls is None:
-            self._refuse(call, _reason(type(module).__name__, module))
+            self._refuse(call, kinds.reason(type(module).__name__, module))
         if type(module).forward is not cls.forward:
             self._refuse(call, f"it overrides the forward() of {cls.__name__}, so what it computes is not known")
         if len(args) + len(kwargs) != 1:
@@ -362,9 +177,9 @@ class _Lowering:
             self.of[call] = below
             self._alias(below, name)
             return
-        for reason in _objections(kind, module):
+        for reason in kinds.objections(kind, module):
             self._refuse(call, reason)
-        window = _window(kind, module)
+        window = kinds.window(kind, module)
         node = Node(name, kind, (below,), module, window, rectified=isinstance(module, nn.ConvReLU2d))
         new = self._new(call, node, view=kind == "flatten")
         if kind == "relu" and module.inplace:
@@ -378,7 +193,7 @@ class _Lowering:
     # Functions and methods
 
     def _call(self, call: fx.Node) -> None:
-        function = _function(call)
+        function = function_name(call)
         if function in FUNCTIONS:
             self._function(call, function)
         elif function in ("view", "reshape"):
@@ -391,8 +206,12 @@ class _Lowering:
             self._channels(call, function)
         elif function == "mean":
             self._mean(call)
-        elif function not in PASSIVE:
-            self._refuse(call, _reason(function))
+        elif function in kinds.COPIES:
+            once = Arithmetic("mul", 1.0, self.root)
+            node = Node(self._name(call), "affine", (self._map(call, call.args[0]),), once)
+            self._new(call, node, view=function != "clone")
+        elif function not in kinds.PASSIVE:
+            self._refuse(call, kinds.reason(function))
 
     def _function(self, call: fx.Node, function: str) -> None:
         """By the module that does the same."""
@@ -428,6 +247,8 @@ class _Lowering:
 
     def _arithmetic(self, call: fx.Node, operation: str) -> None:
         values = list(call.args)
+        if not any(isinstance(v, fx.Node) and v in self.of for v in call.all_input_nodes):
+            return  # of sizes
         if len(values) != 2 or call.kwargs:
             self._refuse(call, "only its two operands are known, and no other arguments")
         maps = [isinstance(v, fx.Node) and v in self.of for v in values]
@@ -444,8 +265,7 @@ class _Lowering:
                 self._refuse(call, "division by a map has no rule on the way down")
             node = Node(self._name(call), "affine", (below,), Arithmetic(operation, operand, self.root))
         new = self._new(call, node)
-        function = _function(call)
-        if function.startswith("i") or function.endswith("_"):
+        if is_inplace(call, self.root):
             if not maps[0]:
                 self._refuse(call, "it changes a constant in place")
             self._in_place(node.name, node.inputs[0], new)
@@ -455,7 +275,7 @@ class _Lowering:
         if isinstance(value, (int, float)):
             return value
         if not isinstance(value, fx.Node) or value.op != "get_attr":
-            self._refuse(call, f"its operand {value} is neither a map nor a constant")
+            self._refuse(call, f"its operand {_given(value)} is neither a map nor a constant")
         tensor = _attribute(self.root, str(value.target))
         after = 0 if flat else 2
         shape = tuple(tensor.shape)
@@ -468,34 +288,31 @@ class _Lowering:
 
     def _concat(self, call: fx.Node) -> None:
         options = {**dict(zip(("tensors", "dim"), call.args, strict=False)), **call.kwargs}
-        tensors = options["tensors"]
+        tensors = options.pop("tensors")
         below = tuple(self._map(call, v) for v in (tensors if isinstance(tensors, (list, tuple)) else [tensors]))
-        dim = options.get("dim", options.get("axis", 0))
+        dim = options.pop("dim", 0)
+        if options:
+            self._refuse(call, f"its arguments {', '.join(options)} are not known")
         if dim not in (1, -1 if self._flat[below[0]] else -3):
             self._refuse(call, f"it concatenates along dimension {dim}; only channels (dim=1) are known")
         self._new(call, Node(self._name(call), "concat", below))
 
     def _channels(self, call: fx.Node, function: str) -> None:
         """``x[:, a:b]``, ``x[:, [2, 1, 0]]`` and ``x[:, a].unsqueeze(1)``."""
-        if function == "getitem" and call.args[0] not in self.of:
-            return  # of a shape
+        chosen: Any = None
         if function == "getitem":
-            value, index = call.args[0], call.args[1]
-            whole = (
-                isinstance(index, tuple) and len(index) > 1 and all(i == slice(None) for i in (index[0], *index[2:]))
-            )
-            chosen: Any = index[1] if isinstance(index, tuple) and whole else None
-            if isinstance(chosen, int) and all(
-                _function(u) == "unsqueeze" and [*u.args[1:], *u.kwargs.values()] == [1] for u in call.users
-            ):
+            value, index = call.args[:2]
+            if value not in self.of:
+                return  # of a shape
+            if isinstance(index, tuple) and len(index) > 1 and all(i == slice(None) for i in (index[0], *index[2:])):
+                chosen = index[1]
+            if isinstance(chosen, int) and all(_is_unsqueeze(user) for user in call.users):
                 return  # with its unsqueeze(1)
         else:
-            getitem = call.args[0]
-            known = isinstance(getitem, fx.Node) and _function(getitem) == "getitem" and getitem.args[0] in self.of
-            if not known:
-                self._refuse(call, _reason(function))
-            assert isinstance(getitem, fx.Node)
-            value, chosen = getitem.args[0], [getitem.args[1][1]]  # type: ignore[index]
+            getitem: Any = call.args[0]
+            if function_name(getitem) != "getitem" or getitem in self.of or getitem.args[0] not in self.of:
+                self._refuse(call, kinds.reason(function))
+            value, chosen = getitem.args[0], [getitem.args[1][1]]
         if not isinstance(chosen, (slice, list)) or _depends_on_the_image(chosen):
             self._refuse(call, "only a choice of channels is known: x[:, a:b] or x[:, [a, b]]")
         below = self._map(call, value)
@@ -522,14 +339,9 @@ class _Lowering:
         self.result = self._map(call, value)
 
 
-def _reason(name: str, module: torch.nn.Module | None = None) -> str:
-    plain = name.lower().replace("_", "")
-    for names, reason in REASONS:
-        if plain in names.split():
-            return reason
-    if isinstance(module, _T.modules.batchnorm._NormBase):
-        return "only batch normalisation of maps (BatchNorm2d) and of flattened features (BatchNorm1d) is known"
-    return UNKNOWN
+def _given(value: Any) -> str:
+    second = isinstance(value, fx.Node) and value.op == "placeholder"
+    return f"{value} (the model must take images, and nothing else)" if second else str(value)
 
 
 def _depends_on_the_image(value: Any) -> bool:
@@ -538,64 +350,26 @@ def _depends_on_the_image(value: Any) -> bool:
     return bool(found)
 
 
+def _is_unsqueeze(call: fx.Node) -> bool:
+    return function_name(call) == "unsqueeze" and [*call.args[1:], *call.kwargs.values()] == [1]
+
+
 def _is_batch(value: Any) -> bool:
     """``x.size(0)`` or ``x.shape[0]``."""
     if not isinstance(value, fx.Node):
         return False
-    if _function(value) == "size":
+    if function_name(value) == "size":
         return [*value.args[1:], *value.kwargs.values()] == [0]
-    if _function(value) != "getitem" or value.args[1] != 0 or not isinstance(value.args[0], fx.Node):
+    if function_name(value) != "getitem" or value.args[1] != 0 or not isinstance(value.args[0], fx.Node):
         return False
     shape = value.args[0]
-    return (_function(shape) == "size" and len(shape.args) == 1) or shape.args[1:] == ("shape",)
+    return (function_name(shape) == "size" and len(shape.args) == 1) or shape.args[1:] == ("shape",)
 
 
 def _attribute(root: Any, path: str) -> Any:
     for part in path.split("."):
         root = getattr(root, part)
     return root
-
-
-def _objections(kind: str, module: Any) -> Iterator[str]:
-    """Why this one cannot be projected through, although its kind can."""
-    for option in ("return_indices", "return_switches"):
-        if getattr(module, option, False):
-            yield f"{option}=True makes it return two tensors; the deconvnet keeps its own"
-    if kind == "flatten" and (module.start_dim, module.end_dim) not in ((1, -1), (1, 3)):
-        yield "it must flatten everything but the batch (start_dim=1, end_dim=-1)"
-    if kind == "affine" and module.running_mean is None:
-        yield (
-            "without running statistics it takes the batch's own even in evaluation mode, and is no affine map; "
-            "use track_running_stats=True"
-        )
-    if kind == "conv" and module.padding_mode != "zeros":
-        yield f"padding_mode={module.padding_mode!r} has no transposed convolution; use 'zeros'"
-    if kind == "conv" and module.padding == "same" and any(t % 2 for t in _same_padding(module)):
-        yield "padding='same' with an even kernel pads one side more; pad explicitly"
-
-
-def _window(kind: str, module: Any) -> Window | None:
-    if kind == "conv":
-        padding = module.padding
-        if padding in ("valid", "same"):
-            padding = 0 if padding == "valid" else [t // 2 for t in _same_padding(module)]
-        return Window(_pair(module.kernel_size), _pair(module.stride), _pair(padding), _pair(module.dilation))
-    if kind == "pool" or isinstance(module, _T.AvgPool2d):
-        stride = module.kernel_size if module.stride is None else module.stride
-        dilation = getattr(module, "dilation", 1)
-        return Window(
-            _pair(module.kernel_size), _pair(stride), _pair(module.padding), _pair(dilation), module.ceil_mode
-        )
-    return None
-
-
-def _same_padding(conv: Any) -> list[int]:
-    """Rows and columns that ``padding="same"`` adds in all."""
-    return [d * (k - 1) for k, d in zip(_pair(conv.kernel_size), _pair(conv.dilation), strict=True)]
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 # ------------------------------------------------------------------ nodes that belong together

@@ -27,7 +27,7 @@ from scipy.stats import rankdata
 from zfcuda.deconv import DeconvNet
 from zfcuda.deconv.deconvnet import Gate
 from zfcuda.deconv.mined import Mined, MinedLayer
-from zfcuda.report.tiles import Tiles, inside, network_input, windows
+from zfcuda.report.tiles import Tiles, inside, network_input
 
 __all__ = ["Control", "shuffled", "similarity"]
 
@@ -91,11 +91,13 @@ class Control:
     def pixels(self, layer: str, tiles: Tiles) -> NDArray[np.float32]:
         """The projections (n, C, h, w) of the same activations by the shuffled network."""
         mined = self.mined[layer]
+        if not len(tiles.units):
+            return tiles.pixels
         if self.dataset is None:
             units = np.unique(tiles.units).tolist()
             return self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate).pixels.float().numpy()
         parts = [
-            self._rerun(mined, tiles.units[rows], tiles.ranks[rows], tiles.boxes[rows])
+            self._rerun(mined, tiles.units[rows], tiles.ranks[rows])
             for rows in np.split(np.arange(len(tiles.units)), range(BATCH, len(tiles.units), BATCH))
         ]
         return np.concatenate(parts)
@@ -107,15 +109,11 @@ class Control:
             for one, other, box in zip(tiles.pixels, control, tiles.boxes, strict=True)
         ]
 
-    def _rerun(
-        self, mined: MinedLayer, units: NDArray[Any], ranks: NDArray[Any], boxes: NDArray[Any]
-    ) -> NDArray[np.float32]:
-        if not len(units):
-            return windows([], boxes)
+    def _rerun(self, mined: MinedLayer, units: NDArray[Any], ranks: NDArray[Any]) -> NDArray[np.float32]:
         index = torch.from_numpy(units), torch.from_numpy(ranks)
         images = torch.stack([network_input(self.dataset, image) for image in mined.images[index].tolist()])
         positions = None if mined.positions is None else mined.positions[index][:, None]
-        projected = self.deconvnet.project(
-            images, mined.layer.name, index[0][:, None], positions, start=1.0, gate=self.gate
+        crops = self.deconvnet.project(
+            images, mined.layer.name, index[0][:, None], positions, start=1.0, gate=self.gate, crop=True
         )
-        return windows(list(projected[:, 0].numpy()), boxes)
+        return crops.pixels[:, 0].float().numpy()

@@ -71,7 +71,10 @@ class Painter:
     def tiles(self, layer: str, units: Sequence[int]) -> Tiles:
         """The entries of these maps of a layer."""
         mined = self.mined[layer]
-        projected = self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate, dataset=self.dataset)
+        alive = [unit for unit in units if mined.count[unit]]
+        if not alive:
+            return _no_tiles()
+        projected = self.deconvnet.project_mined(self.mined, layer, alive, gate=self.gate, dataset=self.dataset)
         pixels = projected.pixels.float().numpy()
         boxes = projected.boxes.numpy()
         values = self._patches(mined, projected.units, projected.ranks, boxes)
@@ -123,6 +126,11 @@ class Painter:
                 )
 
 
+def _no_tiles() -> Tiles:
+    numbers, values, shown = np.empty(0, np.int64), np.empty((0, 3, 0, 0), np.float32), np.empty((0, 0, 0, 3), np.uint8)
+    return Tiles(numbers, numbers, np.empty((0, 4), np.int64), values, values, shown, shown)
+
+
 def network_input(dataset: Any, image: int) -> torch.Tensor:
     """An image of a map-style data set, (C, H, W): the item itself, or the first part of it."""
     if not hasattr(dataset, "__getitem__"):
@@ -135,8 +143,6 @@ def network_input(dataset: Any, image: int) -> torch.Tensor:
 
 def windows(images: Sequence[Array], boxes: Array) -> Array:
     """The box of each image (C, H, W), with zeros outside it: (n, C, h, w)."""
-    if not images:
-        return np.empty((0, 3, 1, 1), np.float32)
     sizes = boxes[:, 2:] - boxes[:, :2]
     out = np.zeros((len(images), len(images[0]), *sizes[0]), np.float32)
     for window, image, box in zip(out, images, boxes, strict=True):
