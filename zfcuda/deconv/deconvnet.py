@@ -29,7 +29,7 @@ from zfcuda.deconv.local import Crops, Local, cut, paste
 from zfcuda.deconv.mined import Mined
 from zfcuda.deconv.node import laid_out
 from zfcuda.deconv.projections import Projections, project_mined
-from zfcuda.deconv.receptive_field import Box, Field, Layer
+from zfcuda.deconv.receptive_field import Box, Field, Layers
 from zfcuda.deconv.windows import Path, pack_bits
 
 __all__ = ["DeconvNet", "Record", "Strongest"]
@@ -116,10 +116,10 @@ class DeconvNet:
         return dense_path.up(self.graph, images)
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> Layers:
         """Every layer that can be projected: name, kind, channels, size, receptive field and memory."""
         parameter = next(self.model.parameters(), torch.empty(0))
-        return describe(self.graph, self.input_size, parameter.element_size())
+        return Layers(describe(self.graph, self.input_size, parameter.element_size()))
 
     def box(self, layer: str, position: Sequence[int]) -> Box:
         """The pixels of the network's input that a position of a layer sees (its receptive field).

@@ -142,6 +142,11 @@ class MinedLayer:
         maps, top = self.values.shape
         return f"MinedLayer({self.layer.name}: {maps} maps, top {top}; {_dead(self)})"
 
+    def _repr_html_(self) -> str:
+        from zfcuda.report import notebook
+
+        return notebook.mined_layer_html(self)
+
 
 @dataclass(eq=False, repr=False)
 class Mined(Mapping[str, MinedLayer]):
@@ -202,6 +207,11 @@ class Mined(Mapping[str, MinedLayer]):
         skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
         lines = (f"  {name}: {len(m.values)} maps of {m.layer.size}; {_dead(m)}" for name, m in self.items())
         return "\n".join([f"Mined(top {self.top} of {self.images_seen} images{skipped})", *lines])
+
+    def _repr_html_(self) -> str:
+        from zfcuda.report import notebook
+
+        return notebook.mined_html(self)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the folder, whole or not at all.

@@ -45,6 +45,11 @@ class Projections:
     ranks: Tensor
     boxes: Tensor
 
+    def _repr_html_(self) -> str:
+        from zfcuda.report import notebook
+
+        return notebook.projections_html(self)
+
     @staticmethod
     def join(parts: Sequence[Projections]) -> Projections:
         """One for all."""

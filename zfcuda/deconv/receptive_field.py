@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Box", "Field", "Layer", "Window"]
+__all__ = ["Box", "Field", "Layer", "Layers", "Window"]
 
 Pair = tuple[int, int]
 
@@ -127,3 +127,12 @@ class Layer:
     start: Pair | None
     map_bytes: int | None
     switch_bytes: int | None
+
+
+class Layers(tuple[Layer, ...]):
+    """The layers of a network; a table in notebooks."""
+
+    def _repr_html_(self) -> str:
+        from zfcuda.report import notebook
+
+        return notebook.layers_html(self)

@@ -19,14 +19,14 @@ __all__ = ["ZFNet", "zfnet"]
 
 @dataclass(frozen=True)
 class Conv:
-    """A row of the table: convolution and ReLU, then perhaps a 3x3 pool of stride 2 and normalisation."""
+    """A row of the table: convolution and ReLU, then perhaps a pool of stride 2 and normalisation."""
 
     width: int
     kernel: int
     stride: int = 1
     padding: int = 0
     groups: int = 1
-    pool: bool = False
+    pool: int = 0  # size of its window; 0 for none
     norm: bool = False
 
 
@@ -42,27 +42,27 @@ Table = dict[int, Conv | Full]
 _FULL: Table = {6: Full(4096), 7: Full(4096)}
 
 ZEILER_FERGUS: Table = {
-    1: Conv(96, kernel=7, stride=2, padding=1, pool=True, norm=True),
-    2: Conv(256, kernel=5, stride=2, pool=True, norm=True),
+    1: Conv(96, kernel=7, stride=2, padding=1, pool=3, norm=True),
+    2: Conv(256, kernel=5, stride=2, pool=3, norm=True),
     3: Conv(384, kernel=3, padding=1),
     4: Conv(384, kernel=3, padding=1),
-    5: Conv(256, kernel=3, padding=1, pool=True),
+    5: Conv(256, kernel=3, padding=1, pool=3),
     **_FULL,
 }
 
 KRIZHEVSKY: Table = {
-    1: Conv(96, kernel=11, stride=4, padding=2, pool=True, norm=True),
-    2: Conv(256, kernel=5, padding=2, groups=2, pool=True, norm=True),
+    1: Conv(96, kernel=11, stride=4, padding=2, pool=3, norm=True),
+    2: Conv(256, kernel=5, padding=2, groups=2, pool=3, norm=True),
     3: Conv(384, kernel=3, padding=1),
     4: Conv(384, kernel=3, padding=1, groups=2),
-    5: Conv(256, kernel=3, padding=1, groups=2, pool=True),
+    5: Conv(256, kernel=3, padding=1, groups=2, pool=3),
     **_FULL,
 }
 
 TABLES = {"zfnet": ZEILER_FERGUS, "krizhevsky": KRIZHEVSKY}
 WIDTHS_B = (96, 256, 512, 1024, 512)
 REMOVABLE = (3, 4, 6, 7)
-POOL, POOL_STRIDE = 3, 2
+POOL_STRIDE = 2
 
 
 class ZFNet(torch.nn.Sequential):
@@ -131,16 +131,29 @@ def zfnet(
         For an unknown ``base`` or ``norm``, widths that are not five positive ints, a layer that cannot be
         removed, or an input too small for the layers.
     """
-    table = _edit(base, widths, fc_width, remove)
     if norm not in ("after", "before"):
         raise ValueError(f"norm is {norm!r}; it must be 'after' or 'before' (the pooling)")
+    table = _edit(base, widths, fc_width, remove)
+    return build(table, num_classes, norm, dropout, in_channels, input_size)
+
+
+def build(
+    table: Table,
+    num_classes: int,
+    norm: str,
+    dropout: float,
+    in_channels: int,
+    input_size: int | tuple[int, int],
+    ceil_mode: bool = True,
+) -> ZFNet:
+    """The table as modules; ``ceil_mode`` is that of the pools."""
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     net = ZFNet()
     net.in_channels, net.input_size = in_channels, size
     channels = in_channels
     for number, row in table.items():
         if isinstance(row, Conv):
-            size = _add_conv(net, number, row, channels, size, norm)
+            size = _add_conv(net, number, row, channels, size, norm, ceil_mode)
             channels = row.width
     net.add_module("flatten", torch.nn.Flatten())
     features = channels * size[0] * size[1]
@@ -170,24 +183,26 @@ def _edit(base: str, widths: str | Sequence[int] | None, fc_width: int, remove: 
     return {n: replace(row, width=new.get(n, row.width)) for n, row in TABLES[base].items() if n not in remove}
 
 
-def _add_conv(net: ZFNet, number: int, row: Conv, channels: int, size: tuple[int, ...], norm: str) -> tuple[int, int]:
+def _add_conv(
+    net: ZFNet, number: int, row: Conv, channels: int, size: tuple[int, ...], norm: str, ceil_mode: bool
+) -> tuple[int, int]:
     """Append one convolutional row; returns the size of its maps."""
     conv = nn.ConvReLU2d(channels, row.width, row.kernel, row.stride, row.padding, groups=row.groups)
     net.add_module(f"conv{number}", conv)
     size = tuple((s + 2 * row.padding - row.kernel) // row.stride + 1 for s in size)
-    smallest = POOL if row.pool else 1
-    if min(size) < smallest:
+    if min(size) < max(row.pool, 1):
         raise ValueError(f"input_size is {net.input_size}; layer {number} would have maps of {size}: use larger images")
     after: dict[str, torch.nn.Module] = {}
     if row.pool:
-        after["pool"] = nn.MaxPool2d(POOL, POOL_STRIDE, ceil_mode=True)
+        after["pool"] = nn.MaxPool2d(row.pool, POOL_STRIDE, ceil_mode=ceil_mode)
     if row.norm:
         # Krizhevsky's constants; torch divides alpha by the size, so 1e-4 becomes 5e-4.
         after["norm"] = nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2)
     for name in after if norm == "after" else reversed(after):
         net.add_module(f"{name}{number}", after[name])
     if row.pool:
-        size = tuple(-(-(s - POOL) // POOL_STRIDE) + 1 for s in size)
+        over = POOL_STRIDE - 1 if ceil_mode else 0
+        size = tuple((s - row.pool + over) // POOL_STRIDE + 1 for s in size)
     return size[0], size[1]
 
 
