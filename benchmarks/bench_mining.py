@@ -1,13 +1,13 @@
 """What mining costs beside the forward passes that it needs, as a function of the number of images.
 
-``python benchmarks/bench_mining.py [--rounds 12] [--threads 1]``: two to three minutes on one core. Full-size ZFNet, its
-five convolutions, batches of 32. Each round times, in turn:
+``python benchmarks/bench_mining.py [--rounds 12] [--threads 1]``: two to three minutes on one core. Full-size ZFNet,
+its five convolutions, batches of 32. Each round times, in turn:
 
 * the forward pass alone, by the same executor, on the same batch;
 * a batch of mining in which no entry, or so many entries, enter the lists, their windows of patches and switches
   included; its own time is what is left without the forward pass within it;
-* the rival: the forward pass, ``max`` over every map by torch, ``topk`` of every list joined with the batch's maxima (which
-  keeps neither switches nor patches).
+* the rival: the forward pass, ``max`` over every map by torch, ``topk`` of every list joined with the batch's maxima
+  (which keeps neither switches nor patches).
 
 The time of a batch of mining is ``fixed + entry * entries``. Over a data set of N images in random order a map's list
 has ``top * (1 + ln(N / top))`` entries, so the overhead of N images follows (model, from measured costs).
@@ -116,13 +116,11 @@ def main() -> None:
     costs = {entries[n]: statistics.median(own[n]) for n in OPEN}
     fixed = costs[0]
     each = statistics.median((cost - fixed) / count for count, cost in costs.items() if count)
-    print(
-        f"forward pass of {BATCH} images: {seconds * 1e3:.0f} ms, {BATCH / seconds:.1f} images/s on {options.threads} thread(s)"
-    )
+    rate = f"{BATCH / seconds:.1f} images/s on {options.threads} thread(s)"
+    print(f"forward pass of {BATCH} images: {seconds * 1e3:.0f} ms, {rate}")
     print(f"mining a batch: {fixed * 1e3:.2f} ms and {each * 1e6:.0f} us an entry")
-    print(
-        f"rival, max and top-{TOP} by torch: {100 * (statistics.median(rivals) / seconds - 1):.1f} % of the forward pass"
-    )
+    slower = 100 * (statistics.median(rivals) / seconds - 1)
+    print(f"rival, max and top-{TOP} by torch: {slower:.1f} % of the forward pass")
     maps = len(collector.ranking.values)
     for count in (100, 1_000, 10_000, 50_000, 100_000, 1_000_000):
         entered = maps * TOP * (1 + math.log(count / TOP))

@@ -36,9 +36,8 @@ class Commands(click.Group):
         except (*FAILURES, *WRONG_ARGUMENTS) as error:
             if os.environ.get("ZFCUDA_TRACEBACK"):
                 raise
-            failure = click.ClickException(str(error) or type(error).__name__)
-            failure.exit_code = 2 if isinstance(error, WRONG_ARGUMENTS) else 1
-            raise failure from error
+            kind = click.UsageError if isinstance(error, WRONG_ARGUMENTS) else click.ClickException  # exit 2 or 1
+            raise kind(str(error) or type(error).__name__) from error
 
 
 class Names(click.ParamType):
