@@ -146,7 +146,7 @@ class _Indexed(Dataset[Batch]):
             raise
         except Exception as error:
             return Skipped(index, source(self.dataset, index, head=False).name, _say(error))
-        return _image_and_label(item) or _no_image(index, item)
+        return image_and_label(item) or _no_image(index, item)
 
 
 class _Arriving(IterableDataset[Batch]):
@@ -163,7 +163,7 @@ class _Arriving(IterableDataset[Batch]):
         while chunk := list(islice(items, self.batch_size)):
             if number % self.ranks == self.rank:
                 first = number * self.batch_size
-                found = [_image_and_label(item) or _no_image(first + i, item) for i, item in enumerate(chunk)]
+                found = [image_and_label(item) or _no_image(first + i, item) for i, item in enumerate(chunk)]
                 yield _batch(number, self.batch_size, found, first)
             number += 1
 
@@ -245,7 +245,7 @@ def _leaves(item: Any) -> Iterator[Any]:
         yield from _leaves(part)
 
 
-def _image_and_label(item: Any) -> tuple[Tensor, Label] | None:
+def image_and_label(item: Any) -> tuple[Tensor, Label] | None:
     """The image is the first tensor (C, H, W) of floats; the label the first integer, string or () tensor after it."""
     leaves = _leaves(item)
     for leaf in leaves:

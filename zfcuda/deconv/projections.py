@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zfcuda.deconv.asked import Gate
+from zfcuda.deconv.batches import image_and_label
 from zfcuda.deconv.local import Local
 from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.windows import Kept, Path
@@ -108,8 +109,11 @@ def _from_images(
     for image in images.unique().tolist():
         which = tuple(index[images == image] for index in rows)
         positions = None if found.positions is None else found.positions[which][None]
+        item = image_and_label(dataset[image])
+        if item is None:
+            raise TypeError(f"dataset has no image at index {image}; it must be the data set that was mined")
         crops = net.project(
-            _batch(dataset[image]),
+            item[0][None].to(next(net.model.parameters())),
             found.layer.name,
             which[0],
             positions,
@@ -118,8 +122,3 @@ def _from_images(
             crop=True,
         )
         yield Projections(crops.pixels[0], which[0], which[1], crops.boxes[0])
-
-
-def _batch(item: Any) -> Tensor:
-    """The image of a data set's item as (1, C, H, W): the item itself, or the first of its parts."""
-    return (item if isinstance(item, Tensor) else item[0])[None]
