@@ -3,6 +3,7 @@
 Nets and images are of small integers, so that sums are exact, ties are many, and results must be equal bit for bit.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -579,10 +580,11 @@ def test_another_mining_is_not_continued(tmp_path, finished, net, dataset, chang
 
 RANKS = """
     import torch.distributed as dist
-    out, stop = sys.argv[2], int(sys.argv[3])
+    out, stop, second_port = sys.argv[2], int(sys.argv[3]), sys.argv[4]
     dataset = Listed(images_of(18), {5, 17}, {stop: interrupt})
     mined = mine(small_net(), dataset, **arguments(folder=out))  # as torchrun starts it
     mined.save(out + "/rank" + os.environ["RANK"])
+    os.environ["MASTER_PORT"] = second_port  # rank 1 might find the first store before it has closed
     dist.init_process_group("gloo")
     mined = mine(small_net(), Arriving(images_of(18)), **arguments())
     mined.save(out + "/stream" + os.environ["RANK"])
@@ -590,20 +592,27 @@ RANKS = """
 """
 
 
-def run_ranks(tmp_path, port, stop=-1):
-    where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    processes = [python(RANKS, tmp_path, stop, RANK=str(rank), **where) for rank in range(2)]
-    return [process.wait() for process in processes]
+def run_ranks(tmp_path, stop=-1):
+    ports = free_ports(2)
+    where = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=ports[0], GLOO_SOCKET_IFNAME="lo")
+    processes = [python(RANKS, tmp_path, stop, ports[1], RANK=str(rank), **where) for rank in range(2)]
+    try:
+        return [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def free_ports(count):
+    with contextlib.ExitStack() as open_:
+        sockets = [open_.enter_context(socket.socket()) for _ in range(count)]
+        for found in sockets:
+            found.bind(("127.0.0.1", 0))
+        return [str(found.getsockname()[1]) for found in sockets]
 
 
 def test_two_ranks_are_as_one(reference, tmp_path):
-    assert run_ranks(tmp_path, free_port()) == [0, 0]
+    assert run_ranks(tmp_path) == [0, 0]
     stream = mine(small_net(), Arriving(images_of(18)), **arguments())
     for folder in ("", "rank0", "rank1"):
         assert same(Mined.load(tmp_path / folder), reference)
@@ -614,10 +623,9 @@ def test_two_ranks_are_as_one(reference, tmp_path):
 
 def test_interrupted_ranks_go_on(reference, tmp_path):
     """Rank 0 is interrupted in its second batch, and rank 1, which has run all of its own, then fails to merge."""
-    ports = [free_port(), free_port()]
-    assert run_ranks(tmp_path, ports[0], stop=9) != [0, 0]
+    assert run_ranks(tmp_path, stop=9) != [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part-0-of-2", "part-1-of-2"]
     with pytest.raises(RuntimeError, match="was begun by 2 processes, and these are 1: go on with as many"):
         mine(small_net(), Listed(images_of(18), {5, 17}), **arguments(folder=tmp_path))
-    assert run_ranks(tmp_path, ports[1]) == [0, 0]
+    assert run_ranks(tmp_path) == [0, 0]
     assert same(Mined.load(tmp_path), reference)

@@ -21,6 +21,7 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         self._started = False
+        self._group: dist.ProcessGroup | None = None  # the initialised one
         if not dist.is_available():
             return self
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
@@ -28,13 +29,14 @@ class Ranks:
             self._started = True
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+            if self.size > 1 and dist.get_backend() != "gloo":
+                self._group = dist.new_group(backend="gloo")
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._started:
             dist.destroy_process_group()
-        elif self.size > 1:
+        elif self._group is not None:
             dist.destroy_process_group(self._group)
 
     def gather(self, value: Any) -> list[Any]:
