@@ -92,7 +92,8 @@ struct PanelWay {
 
     PanelWay(const WindowShape& shape, const Exec& exec)
         : s(shape), panels(shape), window(s.in_height * s.in_width * s.in_channels) {
-        const std::int64_t fit = std::max<std::int64_t>(kUnitBytes / (window * sizeof(T)), 1);
+        const std::int64_t fit =
+            std::max<std::int64_t>(kUnitBytes * panels.parts() / (window * sizeof(T)), 1);
         unit = std::min(fit, gemm::divide_up(s.windows, max_threads(exec)));
         units = gemm::divide_up(s.windows, unit);
         direct = panels.width % kUnit<T> == 0;
@@ -124,7 +125,7 @@ struct PanelWay {
                 const std::int64_t to = std::min(from + panels.channels, s.out_per_group());
                 own.lists.used = own.lists.count = 0;
                 for (std::int64_t w = 0; w < windows; ++w)
-                    append_lists(s, maps, first + w, {base + from, base + to}, panels.row_step(),
+                    append_lists(s, maps, first + w, {base + from, base + to}, panels.columns(),
                                  w * window, own.lists);
                 add_block(s, panels, own.lists, packed, group, block, target);
             }

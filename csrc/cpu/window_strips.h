@@ -27,7 +27,7 @@ namespace zfcuda {
 constexpr int kStripRuns = 8;                                // runs that are added together
 constexpr int kStripVectors = kVectorBytes == 64 ? 24 : 12;  // registers for their sums
 constexpr std::int64_t kStripBytes = 128 * 1024;             // all strips stay in the L2 cache
-constexpr int kSlots = 8;                                    // positions that are gathered together
+constexpr int kSlots = 128;                                  // positions that are gathered together
 
 // Where the vectors of a run begin. (In a function of constants, so are they.)
 ZF_INLINE std::int64_t full_at(int i, int full, int half, std::int64_t lanes, std::int64_t width) {

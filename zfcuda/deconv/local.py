@@ -85,14 +85,16 @@ class Local:
         if not self.shared:
             return self._start(units, starts)
         signs = starts.sign().nan_to_num()
-        keys, kind = torch.stack((units, signs.long()), 1).unique(dim=0, return_inverse=True)
-        signal = self._start(keys[:, 0], keys[:, 1].to(starts))
-        for step in self.steps[: self.shared]:
+        (unit, sign), kind = _kinds(units, signs.long() + 1)
+        signal = self._start(unit, (sign - 1).to(starts))
+        for i, step in enumerate(self.steps[: self.shared]):
             signal = step(signal, None, kept)
-            level = step.stage.image
-            keys, kind = torch.cat((kind[:, None], level.outside(positions)), 1).unique(dim=0, return_inverse=True)
-            signal = signal[keys[:, 0]].masked_fill_(level.padding(keys[:, 1:]), 0)
-        return signal[kind].mul_(starts.abs()[:, None, None, None])
+            before, outside = kind, step.stage.image.outside(positions)
+            if i + 1 < self.shared:
+                (before, *columns), kind = _kinds(kind, *outside.unbind(1))
+                outside = torch.stack(columns, 1)
+            signal = signal[before].masked_fill_(step.stage.image.padding(outside), 0)
+        return signal.mul_(starts.abs()[:, None, None, None])
 
     def _start(self, units: Tensor, starts: Tensor) -> Tensor:
         """The signal in the layer itself."""
@@ -146,9 +148,7 @@ class _Step:
         size = self.stage.signal.size
         self.filters = ops.WindowDeconv2d(weight, size, stride, dilation, groups, pool=undone, windows=expected)
 
-    def __call__(
-        self, signal: Tensor, positions: Tensor | None, kept: Kept, out: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, signal: Tensor, positions: Tensor | None, kept: Kept, out: Tensor | None = None) -> Tensor:
         """The signal below, zero outside the map where positions are given; filters write it to ``out``."""
         node, stage = self.stage.node, self.stage
         positive = None
@@ -163,15 +163,27 @@ class _Step:
                 else stage.image.origins(positions)
             )
             switches = kept.switches[stage.pool.name] if stage.pool else None
-            return self.filters(
-                signal, origins, size, gate=self.gate, positive=positive, switches=switches, out=out
-            )
+            return self.filters(signal, origins, size, gate=self.gate, positive=positive, switches=switches, out=out)
         assert node is not None
         if node.kind == "affine":
             return signal * node.parameters()[0].to(signal)
         if self.gate in ("deconvnet", "guided"):
             signal = signal.relu()
         return signal if positive is None else signal.masked_fill(~unpack_bits(positive, self.channels), 0)
+
+
+def _kinds(*columns: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The different rows of a table of small numbers >= 0, column by column, and for each row which of them it is."""
+    radices = [int(column.max()) + 1 for column in columns]
+    codes = columns[0]
+    for column, radix in zip(columns[1:], radices[1:], strict=True):
+        codes = codes * radix + column
+    codes, kind = codes.unique(return_inverse=True)  # of one number: a table's rows are compared one by one
+    rows = []
+    for radix in reversed(radices[1:]):
+        rows.append(codes % radix)
+        codes = codes // radix
+    return [codes, *reversed(rows)], kind
 
 
 def cut(images: Tensor, origins: Tensor, size: tuple[int, int]) -> Crops:
