@@ -20,13 +20,13 @@ from PIL import Image
 from torch import Tensor
 
 from zfcuda.deconv import Box, DeconvNet, Layer, Record
+from zfcuda.deconv.batches import image_of
 from zfcuda.deconv.mined import Mined
 from zfcuda.demo.folder import write
 from zfcuda.images import ImageFiles
 from zfcuda.models import LoadedModel, load_model
 from zfcuda.report import pictures
 from zfcuda.report.pictures import Picture
-from zfcuda.report.tiles import network_input
 
 __all__ = [
     "GalleryResult",
@@ -286,7 +286,7 @@ def project(
     names = _stems(images)
     rows: list[Projected] = []
     for index in range(len(images)):
-        record = net(network_input(images, index)[None].to(where))
+        record = net(image_of(images, index)[None].to(where))
         chosen = torch.tensor(units) if units is not None else _strongest_units(record.maps[layer][0], strongest)
         found = _project(net, record, layer, chosen, gate)
         name = names[index]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from zfcuda.deconv.mined import Skipped, Source
 
-__all__ = ["Batch", "Batches", "source"]
+__all__ = ["Batch", "Batches", "image_of", "source"]
 
 Label = int | str | None
 Collate = Callable[[list[Any]], Any]
@@ -252,6 +252,20 @@ def image_and_label(item: Any) -> tuple[Tensor, Label] | None:
         if isinstance(leaf, Tensor) and leaf.dim() == 3 and leaf.is_floating_point():
             return leaf.detach(), next((label for rest in leaves if (label := _label(rest)) is not None), None)
     return None
+
+
+def image_of(dataset: Any, index: int) -> Tensor:
+    """An image (C, H, W) of a map-style data set, found in its item as mining finds it.
+
+    Raises
+    ------
+    TypeError
+        If there is none.
+    """
+    item = image_and_label(dataset[index])
+    if item is None:
+        raise TypeError(f"dataset has no image at index {index}; it must be the data set that was mined")
+    return item[0]
 
 
 def _label(leaf: Any) -> Label:

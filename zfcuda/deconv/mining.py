@@ -160,7 +160,7 @@ def mining_memory(
     """
     net = model if isinstance(model, DeconvNet) else DeconvNet(model)
     collector = Collector(
-        net, _settings(net, layers, top, 1, gates, memory), (_channels(net), *input_size), allocate=False
+        net, _settings(net, layers, top, 1, gates, memory), (net.graph.image_channels, *input_size), allocate=False
     )
     return collector.bytes()
 
@@ -290,14 +290,6 @@ def _on_device(net: DeconvNet, device: torch.device | str | None) -> DeconvNet:
     return DeconvNet(copy.deepcopy(net.model).to(device), net.input_size)
 
 
-def _channels(net: DeconvNet) -> int:
-    """Of the images: by the first layer with weights for channels."""
-    for node in net.graph.nodes:
-        if node.kind == "conv":
-            return node.parameters()[0].shape[1] * node.groups
-    return 3
-
-
 def _as_dataset(net: DeconvNet, dataset: Any) -> Any:
     is_path = isinstance(dataset, (str, os.PathLike))
     if not is_path and not (
@@ -309,7 +301,7 @@ def _as_dataset(net: DeconvNet, dataset: Any) -> Any:
             "dataset is given as files, but the model does not say which size of images it takes: give "
             "zfcuda.images.ImageFiles(files, input_size, mean, std)"
         )
-    return ImageFiles(dataset, net.input_size, channels=_channels(net))
+    return ImageFiles(dataset, net.input_size, channels=net.graph.image_channels)
 
 
 def _add_sources(mined: Mined, batches: Batches, collector: Collector, about: dict[str, Any], ranks: Ranks) -> None:

@@ -88,8 +88,8 @@ def gallery(
         As in `DeconvNet.project`.
     dataset : map-style dataset, optional
         The one that was mined. Needed for layers whose patches or switches were not kept (fully connected ones). With
-        it images without a file are shown, and the control runs the images anew: a forward pass for each activation,
-        where without it there is none.
+        it images without a file are shown, and the control runs each image in the lists once through the shuffled
+        network, where without it there is no forward pass.
     title : str, optional
         Heading of the page; default the name of the model's class.
     progress : bool
