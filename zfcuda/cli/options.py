@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,12 +24,34 @@ FAILURES = (OSError, RuntimeError, TypeError, ImportError)
 WRONG_ARGUMENTS = (ValueError, IndexError)
 
 
+class Messages(logging.Handler):
+    """What the library says while it runs (the memory that mining takes, images that it skips), on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)  # whatever stderr is now: bars stand in its place
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Shows `Messages` while it is entered."""
+    log, handler = logging.getLogger("zfcuda"), Messages()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 class Commands(click.Group):
     """A group that turns exceptions into messages and exit codes; ``ZFCUDA_TRACEBACK=1`` shows them whole."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with messages():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("\nStopped.", err=True)
             ctx.exit(130)

@@ -229,7 +229,8 @@ def _start(
             skipped = [s for batch in stream for s in batch.skipped]
             raise RuntimeError(_nothing(len(skipped), skipped))
     collector = Collector(net, settings, shape, batches.name)
-    log.info("mining %s", collector.describe_memory())
+    if ranks.rank == 0:
+        log.info("mining %s", collector.describe_memory())
     if parts:
         parts.expect(collector.total_bytes)
         if state:

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import zfcuda
 from zfcuda.deconv.deconvnet import Gate
@@ -93,7 +94,7 @@ def gallery(
     title : str, optional
         Heading of the page; default the name of the model's class.
     progress : bool
-        Show a progress bar.
+        Bars with the time left, if a terminal watches.
 
     Returns
     -------
@@ -428,10 +429,12 @@ def _whole(number: int) -> str:
 
 
 def _bar(progress: bool) -> Progress:
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description:<12}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        disable=not progress,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (progress and console.is_terminal),
     )
