@@ -509,6 +509,29 @@ def test_interrupted_at_every_batch(reference, tmp_path):
     assert same(mine(small_net(), dataset, **arguments(folder=tmp_path)), reference)
 
 
+def test_interrupted_while_it_is_saved_all_is_saved(reference, tmp_path, monkeypatch):
+    save = Mined.save
+    monkeypatch.setattr(Mined, "save", lambda self, folder: ctrl_c() or save(self, folder))
+    with pytest.raises(KeyboardInterrupt):
+        mine(small_net(), Listed(images_of(18), {5, 17}), **arguments(folder=tmp_path))
+    assert same(Mined.load(tmp_path), reference)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
+def test_an_interruption_that_has_no_effect_elsewhere(reference, tmp_path, handler):
+    """Ignored, it stays so; of a handler that returns nothing is known, so that what has been done is kept."""
+    dataset = Listed(images_of(18), {5, 17}, {6: ctrl_c})
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        if handler is not signal.SIG_IGN:
+            with pytest.raises(KeyboardInterrupt):
+                mine(small_net(), dataset, **arguments(folder=tmp_path))
+            dataset = Listed(images_of(18), {5, 17}, {i: lambda: pytest.fail("read again") for i in range(8)})
+        assert same(mine(small_net(), dataset, **arguments(folder=tmp_path)), reference)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = sys.argv[1:2]

@@ -191,15 +191,20 @@ def _run(
                 for batch in stream:
                     _warn(collector.absorb(batch))
                     meter.advance(len(batch.labels) * ranks.size)
-                    if parts and (parts.due() or interruptions.pending):
-                        parts.save(collector)
                     if interruptions.pending:
-                        break
+                        raise KeyboardInterrupt
+                    if parts and parts.due():
+                        parts.save(collector)
             except BaseException:
                 # Reading failed, or was interrupted: between two batches all is whole.
                 if parts and not collector.busy:
                     parts.save(collector)
                 raise
+        return _finish(collector, batches, about, ranks, parts)  # to the end, even if interrupted: it is saved then
+
+
+def _finish(collector: Collector, batches: Batches, about: dict[str, Any], ranks: Ranks, parts: Parts | None) -> Mined:
+    """Merge the lists, and save the result."""
     if parts and ranks.size > 1:  # another rank may fail before the lists are merged
         parts.save(collector)
     mined = collector.finish(ranks, batches.batch_size)
