@@ -195,6 +195,15 @@ def test_what_is_kept_projects_as_the_images_do():
             assert torch.equal(pixels, expected)
 
 
+def test_a_second_mining_neither_sees_nor_changes_the_first():
+    net = zfcuda.DeconvNet(small_net())
+    images, others = images_of(18), images_of(23, seed=1)
+    first = mine(net, Listed(images), top=4, progress=False)
+    check(mine(net, Listed(others), top=4, progress=False), net.model, others, 4)
+    check(first, net.model, images, 4)
+    assert same(mine(net, Listed(images), top=4, progress=False), first)
+
+
 def test_default_layers_are_the_convolutions():
     net = small_net()
     assert list(mine(net, Listed(images_of(3)), progress=False)) == LAYERS

@@ -110,7 +110,8 @@ class Painter:
         if mined.patches is not None:
             return mined.patches[units, ranks].float().numpy()
         images = mined.images[units, ranks].tolist()
-        return windows([image_of(self.dataset, image).float().numpy() for image in images], boxes)
+        inputs = {image: image_of(self.dataset, image).float().numpy() for image in set(images)}
+        return windows([inputs[image] for image in images], boxes)
 
     def _check(self) -> None:
         known = {layer.name: layer for layer in self.deconvnet.layers}
