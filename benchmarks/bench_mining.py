@@ -10,8 +10,8 @@ its five convolutions, batches of 32. Each round times, in turn:
   (which keeps neither switches nor patches).
 
 The time of a batch of mining is ``fixed + entry * entries``. Over a data set of N images in random order a map's list
-has ``top * (1 + ln(N / top))`` entries, so the overhead of N images follows (model, from measured costs). Fails if it is more
-than `LIMIT` at `MANY` images.
+has ``top * (1 + ln(N / top))`` entries, so the overhead of N images follows (model, from measured costs).
+Fails if it is more than `LIMIT` at `MANY` images.
 """
 
 from __future__ import annotations

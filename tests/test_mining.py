@@ -6,6 +6,7 @@ Nets and images are of small integers, so that sums are exact, ties are many, an
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -333,6 +334,41 @@ def test_iterable(workers):
     loader = DataLoader(Arriving(images), 4, num_workers=workers)
     assert equal(mine(small_net(), loader, **arguments(batch_size=None)), expected)
     assert equal(mine(small_net(), (image for image in images), **arguments()), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_across_batch_sizes_only_near_ties_may_swap(batch_size):
+    """Real numbers, each image twice with a difference of about a rounding, so that there is something to swap."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 40, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(40, 20, 3), nn.ReLU()).eval()
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    images = torch.randn(20, 2, 19, 17, generator=generator)
+    images = torch.cat((images, images * (1 + 1e-7 * torch.randn(images.shape, generator=generator))))
+    ours, other = (mine(net, Listed(images), top=4, batch_size=n, progress=False) for n in (4, batch_size))
+    for name, layer in ours.items():
+        tolerance = 1e-5 * float(layer.values.max())
+        for k in range(len(layer.values)):
+            (a, b), (entries, others) = (
+                [m[name].values[k].tolist() for m in (ours, other)],
+                [
+                    list(zip(m[name].images[k].tolist(), m[name].positions[k].tolist(), strict=True))
+                    for m in (ours, other)
+                ],
+            )
+            for entry, value in zip(entries, a, strict=True):
+                nearest = b[others.index(entry)] if entry in others else b[-1]
+                assert abs(value - nearest) <= tolerance
+            assert max(abs(x - y) for x, y in zip(a, b, strict=True)) <= tolerance
+
+
+def test_progress_has_images_a_second_and_the_time_left(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    mine(small_net(), Listed(images_of(18)), **arguments(progress=True))
+    last = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err).splitlines()[-1]
+    assert re.search(r"Mining .* 18/18 +[0-9.]+ images/s 0:00:00", last), last
+    mine(small_net(), Listed(images_of(18)), **arguments(progress=False))
+    assert capsys.readouterr().err == ""
 
 
 def test_loader_gives_its_batch_size_and_collation_but_not_its_order(reference):

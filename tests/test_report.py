@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from zfcuda.deconv import DeconvNet, again, mine
 from zfcuda.deconv.graph import Graph
 from zfcuda.report import control, export, figures
-from zfcuda.report.tiles import Painter
+from zfcuda.report.tiles import Painter, windows
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +270,23 @@ def test_the_control_runs_each_image_in_the_lists_once(found, gate, monkeypatch)
         ):
             np.testing.assert_allclose(ours, other, atol=1e-6)
     assert max(dataset.times) > 2
+
+
+@pytest.mark.parametrize("gate", ["deconvnet", "guided"])
+def test_whole_maps_go_down_from_one_pass_of_each_image(found, gate):
+    torch.manual_seed(0)
+    model, dataset = Residual().eval(), Read(found.images)
+    mined = mine(model, dataset, ["third"], gates=[gate], batch_size=8, progress=False)
+    painter, layer = Painter(mined, model, gate, dataset), mined["third"]
+    against, net = control.Control(mined, model, gate, dataset), DeconvNet(control.shuffled(model))
+    dataset.times = [0] * len(dataset)
+    for unit in range(4):
+        tiles = painter.tiles("third", [unit])
+        for pixels, rank, place in zip(against.pixels("third", tiles), tiles.ranks, tiles.boxes, strict=True):
+            image, position = found.images[layer.images[unit, rank]][None], layer.positions[unit, rank][None]
+            whole = net.project(image, "third", unit, position, start=1.0, gate=gate)
+            np.testing.assert_allclose(pixels, windows([whole[0].numpy()], place[None])[0], atol=1e-6)
+    assert max(dataset.times) == 2  # once in either network
 
 
 def test_layers_whose_windows_were_not_kept_run_each_image_once(found):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zfcuda.deconv.batches import image_of
+from zfcuda.deconv.dense import Record
 from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.windows import Kept, Path, pack_bits
 
@@ -62,6 +63,8 @@ class Passes:
         self._pools = {name for path in paths for name in path.pools}
         self._rectified = {name for path in paths for name in path.rectified} if masks else set()
         self._known: dict[int, Kept] = {}
+        self._masks = masks
+        self._records: dict[int, Record] = {}
 
     def batches(self, images: Tensor) -> Iterator[Passed]:
         """The passes of these images, each once, a batch at a time."""
@@ -70,6 +73,21 @@ class Passes:
             run = dict(zip(new, self._run(new), strict=True)) if new else {}
             self._remember(run)
             yield Passed(batch, Kept.join([(run | self._known)[image] for image in batch.tolist()]))
+
+    def record(self, image: int) -> Record:
+        """The pass of one image for the dense path, which reads the values of its maps only as masks."""
+        if image in self._records:
+            return self._records[image]
+        record = self.net(image_of(self.dataset, image)[None].to(next(self.net.model.parameters())))
+        bytes_ = sum(switches.nbytes for switches in record.switches.values())
+        if self._masks:
+            bytes_ += sum(map_.nbytes for map_ in record.maps.values())
+        else:
+            record = _hollow(record)
+        if bytes_ <= self._left:
+            self._left -= bytes_
+            self._records[image] = record
+        return record
 
     def _run(self, images: list[int]) -> list[Kept]:
         """What one forward pass leaves of each image, as far as it is needed."""
@@ -95,3 +113,13 @@ class Passes:
             if whole.bytes <= self._left:
                 self._left -= whole.bytes
                 self._known[image] = whole
+
+
+def _hollow(record: Record) -> Record:
+    """The same with maps that have shapes, and no values."""
+
+    def hollow(tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(()).expand(tensor.shape)
+
+    maps = {name: hollow(map_) for name, map_ in record.maps.items()}
+    return Record(hollow(record.images), maps, record.switches, hollow(record.logits))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from zfcuda.deconv.again import Passes
 from zfcuda.deconv.asked import Gate
-from zfcuda.deconv.batches import image_of
 from zfcuda.deconv.local import Local
 from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.windows import Kept, Path
@@ -95,7 +94,7 @@ def project_mined(
     passes = dataset if isinstance(dataset, Passes) else Passes(net, mined, dataset, masks=gate != "deconvnet")
     if path:
         return _from_windows(net, path, found, rows, gate, passes)
-    return _from_images(net, found, rows, gate, passes.dataset)
+    return _from_images(net, found, rows, gate, passes)
 
 
 def _local(net: DeconvNet, path: Path, found: MinedLayer, rows: Rows, gate: Gate) -> Local:
@@ -125,14 +124,14 @@ def _down(
         yield Projections(crops.pixels, *which, crops.boxes)
 
 
-def _from_images(net: DeconvNet, found: MinedLayer, rows: Rows, gate: Gate, dataset: Any) -> Iterator[Projections]:
-    """Whole maps go down: one forward pass for each image in the lists, image by image."""
+def _from_images(net: DeconvNet, found: MinedLayer, rows: Rows, gate: Gate, passes: Passes) -> Iterator[Projections]:
+    """Whole maps go down, image by image."""
     images = found.images[rows]
     for image in images.unique().tolist():
         which = tuple(index[images == image] for index in rows)
         positions = None if found.positions is None else found.positions[which][None]
         crops = net.project(
-            image_of(dataset, image)[None].to(next(net.model.parameters())),
+            passes.record(image),
             found.layer.name,
             which[0],
             positions,
