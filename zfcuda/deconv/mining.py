@@ -90,7 +90,7 @@ def mine(
         what the others miss is read from the data set again when it is needed. Logged before the start
         (`mining_memory`).
     progress : bool
-        A bar with images a second and the time left, if a terminal watches.
+        A bar with images a second and the time left, if a terminal or a notebook watches.
 
     Returns
     -------

@@ -94,7 +94,7 @@ def gallery(
     title : str, optional
         Heading of the page; default the name of the model's class.
     progress : bool
-        Bars with the time left, if a terminal watches.
+        Bars with the time left, if a terminal or a notebook watches.
 
     Returns
     -------
@@ -436,5 +436,5 @@ def _bar(progress: bool) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not (progress and console.is_terminal),
+        disable=not (progress and (console.is_terminal or console.is_jupyter)),
     )
