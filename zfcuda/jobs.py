@@ -314,7 +314,7 @@ def project(
         if npz:
             arrays = {key: value for key, value in found.items() if value[0] is not None}
             _save_arrays(folder / f"{name}.npz", input=record.images[0].cpu().numpy(), **arrays)
-    if not rows:
+    if len(skipped) == len(images):
         raise RuntimeError(f"none of {len(images)} images could be read; {skipped[0].name}: {skipped[0].reason}")
     return ProjectResult(loaded, layer, rows, skipped)
 
@@ -322,7 +322,9 @@ def project(
 def _read(images: ImageFiles, index: int) -> Tensor | Skipped:
     try:
         return image_of(images, index)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a reader makes of a broken file
         return Skipped(index, images.name(index), say(error))
 
 
