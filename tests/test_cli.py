@@ -255,12 +255,14 @@ def test_failures_are_a_message_and_an_exit_code(here, arguments, code, words):
     assert words in " ".join(result.output.split()) and "Traceback" not in result.output
 
 
-def test_ctrl_c_is_130_and_says_so(here, monkeypatch):
+def test_ctrl_c_is_130_and_says_so_once(here, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "layers", stop)
-    assert "Stopped" in run("layers", "zfnet", code=130).output
+    for command in ("layers", "mine"):
+        monkeypatch.setattr(jobs, command, stop)
+    assert run("layers", "zfnet", code=130).stderr == "\nStopped.\n"
+    assert run("mine", "zfnet", "photos", code=130).stderr == "\nStopped. The same command goes on from here.\n"
 
 
 def test_a_list_of_files(here):

@@ -20,6 +20,7 @@ Exit codes:
   2    wrong arguments: an unknown option, model, layer or unit
   130  stopped with Ctrl-C; mine, gallery and demo go on from there when called again
 """
+CONTINUED = ("demo", "gallery", "mine")
 FAILURES = (OSError, RuntimeError, TypeError, ImportError)
 WRONG_ARGUMENTS = (ValueError, IndexError)
 
@@ -53,7 +54,8 @@ class Commands(click.Group):
             with messages():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("\nStopped.", err=True)
+            goes_on = " The same command goes on from here." if ctx.invoked_subcommand in CONTINUED else ""
+            click.echo(f"\nStopped.{goes_on}", err=True)
             ctx.exit(130)
         except click.exceptions.Exit:  # a RuntimeError
             raise
