@@ -11,6 +11,7 @@ its five convolutions, batches of 32. Each round times, in turn:
 
 The time of a batch of mining is ``fixed + entry * entries``. Over a data set of N images in random order a map's list
 has ``top * (1 + ln(N / top))`` entries, so the overhead of N images follows (model, from measured costs).
+Fails if it is more than `LIMIT` at `MANY` images.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BATCH, TOP = 32, 9
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 #: Maps with an empty list, into which the nine strongest of a batch enter; the lists of the others are closed.
 OPEN = (0, 64, 256)
+LIMIT, MANY = 0.03, 10_000
 
 
 class Clock:
@@ -80,6 +82,12 @@ def rival(graph, nodes: dict[int, int], images: torch.Tensor, lists: list[torch.
     graph.run(images, visit, max(nodes))
 
 
+def overhead(count: int, maps: int, forward: float, fixed: float, each: float) -> float:
+    """What mining adds to the forward passes of ``count`` images: seconds of a batch of either, and of an entry."""
+    entered = maps * TOP * (1 + math.log(count / TOP))
+    return (fixed * count / BATCH + each * entered) / (forward * count / BATCH)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=12)
@@ -99,7 +107,7 @@ def main() -> None:
     last = max(t.pooled_by or t.node for t in collector.targets)
     forward, rivals = [], []
     own: dict[int, list[float]] = {n: [] for n in OPEN}
-    share, entries = {n: [] for n in OPEN}, {}
+    entries: dict[int, int] = {}
     for round_ in range(options.rounds + 1):
         bare, other = Clock(graph.run), Clock(rival)
         bare(images, None, last)
@@ -108,24 +116,23 @@ def main() -> None:
             total, inside, entries[n] = mining_batch(collector, batch, n)
             if round_:
                 own[n].append(total - inside)
-                share[n].append((total - inside) / inside)
         if round_:
             forward.append(bare.seconds)
             rivals.append(other.seconds)
     seconds = statistics.median(forward)
-    costs = {entries[n]: statistics.median(own[n]) for n in OPEN}
-    fixed = costs[0]
-    each = statistics.median((cost - fixed) / count for count, cost in costs.items() if count)
+    batches = {entries[n]: statistics.median(own[n]) for n in OPEN}
+    fixed = batches[0]
+    each = statistics.median((cost - fixed) / count for count, cost in batches.items() if count)
     rate = f"{BATCH / seconds:.1f} images/s on {options.threads} thread(s)"
     print(f"forward pass of {BATCH} images: {seconds * 1e3:.0f} ms, {rate}")
     print(f"mining a batch: {fixed * 1e3:.2f} ms and {each * 1e6:.0f} us an entry")
     slower = 100 * (statistics.median(rivals) / seconds - 1)
     print(f"rival, max and top-{TOP} by torch: {slower:.1f} % of the forward pass")
-    maps = len(collector.ranking.values)
-    for count in (100, 1_000, 10_000, 50_000, 100_000, 1_000_000):
-        entered = maps * TOP * (1 + math.log(count / TOP))
-        overhead = (fixed * count / BATCH + each * entered) / (seconds * count / BATCH)
-        print(f"{count:>9,} images: {100 * overhead:5.2f} % over the forward pass")
+    costs = len(collector.ranking.values), seconds, fixed, each
+    for count in (100, 1_000, MANY, 50_000, 100_000, 1_000_000):
+        print(f"{count:>9,} images: {100 * overhead(count, *costs):5.2f} % over the forward pass")
+    if overhead(MANY, *costs) > LIMIT:
+        raise SystemExit(f"more than {100 * LIMIT:g} % at {MANY:,} images")
 
 
 if __name__ == "__main__":

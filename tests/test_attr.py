@@ -1,5 +1,7 @@
 """Attribution with captum's arguments: equal to captum where it is right, and different where it is not."""
 
+import inspect
+
 import captum.attr
 import pytest
 import torch
@@ -38,6 +40,19 @@ def close(got, want, rel=1e-12):
 
 def both(name, *arguments):
     return [getattr(package, name)(*arguments) for package in (zfcuda.attr, captum.attr)]
+
+
+@pytest.mark.parametrize("name", [*OUTPUT, *NEURON])
+@pytest.mark.parametrize("method", ["__init__", "attribute"])
+def test_arguments_have_captums_names_order_and_defaults(name, method):
+    ours, theirs = (
+        [
+            (p.name, p.default, p.kind)
+            for p in inspect.signature(getattr(getattr(package, name), method)).parameters.values()
+        ]
+        for package in (zfcuda.attr, captum.attr)
+    )
+    assert ours == theirs
 
 
 TARGETS = [

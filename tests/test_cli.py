@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
+from test_mined import same
 
 import zfcuda
 from zfcuda import jobs
 from zfcuda.cli import main
+from zfcuda.deconv import Mined, mining_memory
 from zfcuda.images import ImageFiles
+from zfcuda.report import notebook
 
 NETS = """
 import torch
@@ -141,6 +146,52 @@ def test_project_writes_the_pictures_that_it_lists(here):
     assert next(rows, None) is None
 
 
+def test_project_names_and_skips_what_it_cannot_read(here):
+    shown = run("project", "nets:tiny", "photos/dog", "--layer", "second")
+    assert "could not be read: 1\n  broken.jpg: UnidentifiedImageError" in shown.output
+    facts = json.loads(run("project", "nets:tiny", "photos/dog", "--layer", "second", "--json").stdout)
+    assert [row["image"] for row in facts["projections"]] == [f"{i:02d}.png" for i in range(0, 12, 2)]
+    assert [(s["index"], s["name"]) for s in facts["skipped"]] == [(6, "broken.jpg")]
+
+
+def test_mining_says_how_much_memory_it_takes_before_it_reads_the_images(here):
+    result = run("mine", "nets:tiny", "photos", "--json")
+    memory, skipped = result.stderr.splitlines()
+    of = mining_memory(jobs.load_model("nets:tiny").model, (32, 32))
+    taken = notebook.bytes_text(sum(sum(parts.values()) for parts in of.values()))
+    assert memory == f"mining 2 layers, 11 maps, {taken} of lists, patches and switches"
+    assert skipped.startswith("skipped image 12 (dog/broken.jpg): UnidentifiedImageError")
+    assert json.loads(result.stdout)["images_seen"] == 12
+    result = run("mine", "nets:tiny", "photos", "--output", "little", "--memory", "1KiB")
+    assert "no switches of second: projecting them reads the images again" in result.stderr
+
+
+def test_of_several_processes_one_reports_and_writes_the_page(here):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zfcuda", "gallery"]
+    options = ["nets:tiny", "photos", "--batch-size", "2", "--json"]
+    done = subprocess.run(
+        [sys.executable, *command, *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["images_seen"] == 12 and Path(facts["page"]).is_file()
+    assert done.stderr.count("skipped image 12 ") == 1
+    alone = jobs.mine("nets:tiny", "photos", output="alone", batch_size=2, progress=False).mined
+    assert same(Mined.load(facts["folder"]), alone)
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(jobs._device(None)) == "cuda:0" and str(jobs._device("cpu")) == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(jobs._device(None)) == "cuda:1"
+
+
 def test_project_takes_the_strongest_units_where_none_are_named(here):
     result = jobs.project("nets:tiny", ["photos/cat/01.png"], layer="second", strongest=3)
     values = [row.value for row in result.rows]
@@ -204,12 +255,14 @@ def test_failures_are_a_message_and_an_exit_code(here, arguments, code, words):
     assert words in " ".join(result.output.split()) and "Traceback" not in result.output
 
 
-def test_ctrl_c_is_130_and_says_so(here, monkeypatch):
+def test_ctrl_c_is_130_and_says_so_once(here, monkeypatch):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "layers", stop)
-    assert "Stopped" in run("layers", "zfnet", code=130).output
+    for command in ("layers", "mine"):
+        monkeypatch.setattr(jobs, command, stop)
+    assert run("layers", "zfnet", code=130).stderr == "\nStopped.\n"
+    assert run("mine", "zfnet", "photos", code=130).stderr == "\nStopped. The same command goes on from here.\n"
 
 
 def test_a_list_of_files(here):

@@ -501,6 +501,14 @@ def test_a_phone_needs_no_sideways_scrolling(read, where):
     assert page.evaluate("document.getElementById('map').scrollWidth") <= 375
 
 
+def test_the_name_of_the_layer_is_in_sight_however_many_there_are(read):
+    page = read(viewport={"width": 150, "height": 600}).open(address("conv3"))
+    nav, tab = page.locator("nav.tabs"), page.locator("nav.tabs [aria-current]")
+    assert nav.evaluate("nav => nav.scrollWidth > nav.clientWidth") and tab.inner_text() == "conv3"
+    outer, inner = nav.bounding_box(), tab.bounding_box()
+    assert outer["x"] <= inner["x"] and inner["x"] + inner["width"] <= outer["x"] + outer["width"]
+
+
 @pytest.mark.parametrize("where", ["", address(AWKWARD), address("conv3", 2)])
 def test_everything_has_a_name_for_those_who_listen(read, where):
     page = read().open(where)

@@ -6,6 +6,7 @@ Nets and images are of small integers, so that sums are exact, ties are many, an
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -195,6 +196,15 @@ def test_what_is_kept_projects_as_the_images_do():
             assert torch.equal(pixels, expected)
 
 
+def test_a_second_mining_neither_sees_nor_changes_the_first():
+    net = zfcuda.DeconvNet(small_net())
+    images, others = images_of(18), images_of(23, seed=1)
+    first = mine(net, Listed(images), top=4, progress=False)
+    check(mine(net, Listed(others), top=4, progress=False), net.model, others, 4)
+    check(first, net.model, images, 4)
+    assert same(mine(net, Listed(images), top=4, progress=False), first)
+
+
 def test_default_layers_are_the_convolutions():
     net = small_net()
     assert list(mine(net, Listed(images_of(3)), progress=False)) == LAYERS
@@ -324,6 +334,40 @@ def test_iterable(workers):
     loader = DataLoader(Arriving(images), 4, num_workers=workers)
     assert equal(mine(small_net(), loader, **arguments(batch_size=None)), expected)
     assert equal(mine(small_net(), (image for image in images), **arguments()), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+def test_across_batch_sizes_only_near_ties_may_swap(batch_size):
+    """Real numbers, each image twice with a difference of about a rounding, so that there is something to swap."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 40, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(40, 20, 3), nn.ReLU()).eval()
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    images = torch.randn(20, 2, 19, 17, generator=generator)
+    images = torch.cat((images, images * (1 + 1e-7 * torch.randn(images.shape, generator=generator))))
+    ours, other = (mine(net, Listed(images), top=4, batch_size=n, progress=False) for n in (4, batch_size))
+    for name, layer in ours.items():
+        tolerance = 1e-5 * float(layer.values.max())
+        torch.testing.assert_close(other[name].values, layer.values, rtol=0, atol=tolerance)
+        for k in range(len(layer.values)):
+            own, theirs = (entries_of(mined[name], k) for mined in (ours, other))
+            for entry, value in own.items():
+                assert abs(value - theirs.get(entry, min(theirs.values()))) <= tolerance
+
+
+def entries_of(layer, k):
+    """Of a map without missing entries: the value of each image and position."""
+    places = zip(layer.images[k].tolist(), map(tuple, layer.positions[k].tolist()), strict=True)
+    return dict(zip(places, layer.values[k].tolist(), strict=True))
+
+
+def test_progress_has_images_a_second_and_the_time_left(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    mine(small_net(), Listed(images_of(18)), **arguments(progress=True))
+    last = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err).splitlines()[-1]
+    assert re.search(r"Mining .* 18/18 +[0-9.]+ images/s 0:00:00", last), last
+    mine(small_net(), Listed(images_of(18)), **arguments(progress=False))
+    assert capsys.readouterr().err == ""
 
 
 def test_loader_gives_its_batch_size_and_collation_but_not_its_order(reference):
@@ -507,6 +551,29 @@ def test_interrupted_at_every_batch(reference, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             mine(small_net(), dataset, **arguments(folder=tmp_path))
     assert same(mine(small_net(), dataset, **arguments(folder=tmp_path)), reference)
+
+
+def test_interrupted_while_it_is_saved_all_is_saved(reference, tmp_path, monkeypatch):
+    save = Mined.save
+    monkeypatch.setattr(Mined, "save", lambda self, folder: ctrl_c() or save(self, folder))
+    with pytest.raises(KeyboardInterrupt):
+        mine(small_net(), Listed(images_of(18), {5, 17}), **arguments(folder=tmp_path))
+    assert same(Mined.load(tmp_path), reference)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
+def test_an_interruption_that_has_no_effect_elsewhere(reference, tmp_path, handler):
+    """Ignored, it stays so; of a handler that returns nothing is known, so that what has been done is kept."""
+    dataset = Listed(images_of(18), {5, 17}, {6: ctrl_c})
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        if handler is not signal.SIG_IGN:
+            with pytest.raises(KeyboardInterrupt):
+                mine(small_net(), dataset, **arguments(folder=tmp_path))
+            dataset = Listed(images_of(18), {5, 17}, {i: lambda: pytest.fail("read again") for i in range(8)})
+        assert same(mine(small_net(), dataset, **arguments(folder=tmp_path)), reference)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 SCRIPT = """

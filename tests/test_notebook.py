@@ -122,4 +122,4 @@ def test_projections_are_pictures_zero_as_grey():
     [(None, ""), (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (200 * 2**20, "200 MiB"), (2**31, "2 GiB")],
 )
 def test_bytes_in_words(count, text):
-    assert notebook._bytes(count) == text
+    assert notebook.bytes_text(count) == text

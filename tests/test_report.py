@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import spearmanr
 
-from zfcuda.deconv import DeconvNet, mine
+from zfcuda.deconv import DeconvNet, again, mine
+from zfcuda.deconv.graph import Graph
 from zfcuda.report import control, export, figures
-from zfcuda.report.tiles import Painter
+from zfcuda.report.tiles import Painter, windows
 
 
 @pytest.fixture(scope="module")
@@ -209,21 +210,102 @@ def test_similarity_leaves_out_what_lies_outside_the_image():
     assert math.isnan(control.similarity(one, 0 * other, (0, 0, 5, 5), (8, 8)))
 
 
-def test_with_the_images_the_control_is_the_shuffled_networks_own_projection(found):
+@pytest.mark.parametrize("layer", LAYERS)
+def test_with_the_images_the_control_is_the_shuffled_networks_own_projection(found, layer):
     against = control.Control(found.mined, found.model, dataset=[(image, 0) for image in found.images])
-    tiles = Painter(found.mined, found.model).tiles("conv3", [1])
-    net = DeconvNet(control.shuffled(found.model))
-    mined = found.mined["conv3"]
-    for rank, pixels in enumerate(against.pixels("conv3", tiles)):
-        image, position = found.images[mined.images[1, rank]][None], mined.positions[1, rank][None]
-        expected = net.project(image, "conv3", 1, position, start=1.0)[0].numpy()
-        top, left, bottom, right = tiles.boxes[rank]
-        for y, x in ((8, 8), (max(top, 0) - top, 3), (5, max(left, 0) - left)):
-            if 0 <= top + y < galleries.SIZE and 0 <= left + x < galleries.SIZE:
-                np.testing.assert_allclose(pixels[:, y, x], expected[:, top + y, left + x], atol=1e-6)
-        assert np.abs(pixels).sum() == pytest.approx(
-            np.abs(expected[:, max(top, 0) : bottom, max(left, 0) : right]).sum(), rel=1e-5
-        )
+    mined, net = found.mined[layer], DeconvNet(control.shuffled(found.model))
+    tiles = Painter(found.mined, found.model).tiles(layer, range(len(mined.values)))
+    shown = against.pixels(layer, tiles)
+    assert len(shown) == len(tiles.units) == int(mined.count.sum())
+    for pixels, unit, rank, (top, left, bottom, right) in zip(
+        shown, tiles.units, tiles.ranks, tiles.boxes, strict=True
+    ):
+        image, position = found.images[mined.images[unit, rank]][None], mined.positions[unit, rank]
+        whole = net.project(image, layer, int(unit), tuple(position.tolist()), start=1.0, dense=True)[0].numpy()
+        expected = np.pad(whole, ((0, 0), (64, 64), (64, 64)))[:, 64 + top : 64 + bottom, 64 + left : 64 + right]
+        np.testing.assert_allclose(pixels, expected, atol=1e-6)
+
+
+class Read(torch.utils.data.Dataset):
+    """Images that count how often each is read."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.times = images, [0] * len(images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.times[index] += 1
+        return self.images[index], 0
+
+
+def all_of(against: control.Control, painter: Painter) -> list[np.ndarray]:
+    """The control of all maps, two of them at a time, as a gallery asks for them."""
+    return [
+        against.pixels(layer, painter.tiles(layer, [unit, unit + 1]))
+        for layer in LAYERS
+        for unit in range(0, len(against.mined[layer].values) - 1, 2)
+    ]
+
+
+@pytest.mark.parametrize("gate", ["deconvnet", "guided"])
+def test_the_control_runs_each_image_in_the_lists_once(found, gate, monkeypatch):
+    dataset, run = Read(found.images), []
+    mined = mine(found.model, dataset, list(LAYERS), gates=[gate], batch_size=8, progress=False)
+    painter = Painter(mined, found.model, gate)
+    against = control.Control(mined, found.model, gate, dataset)
+    dataset.times, forward = [0] * len(dataset), Graph.run
+    monkeypatch.setattr(
+        Graph, "run", lambda self, images, *rest: run.append(len(images)) or forward(self, images, *rest)
+    )
+    pictures = all_of(against, painter)
+    listed = {i for layer in LAYERS[1 if gate == "deconvnet" else 0 :] for i in mined[layer].images.flatten().tolist()}
+    assert dataset.times == [int(i in listed) for i in range(len(dataset))]  # a first layer's filters need no image
+    assert sum(run) == len(listed - {-1})
+    for memory in (0, 3 * 7 * 12**2):  # nothing is remembered, a few images are
+        monkeypatch.setattr(again, "MEMORY", memory)
+        for ours, other in zip(
+            pictures, all_of(control.Control(mined, found.model, gate, dataset), painter), strict=True
+        ):
+            np.testing.assert_allclose(ours, other, atol=1e-6)
+    assert max(dataset.times) > 2
+
+
+@pytest.mark.parametrize("gate", ["deconvnet", "guided"])
+def test_whole_maps_go_down_from_one_pass_of_each_image(found, gate):
+    torch.manual_seed(0)
+    model, dataset = Residual().eval(), Read(found.images)
+    mined = mine(model, dataset, ["third"], gates=[gate], batch_size=8, progress=False)
+    painter, layer = Painter(mined, model, gate, dataset), mined["third"]
+    against, net = control.Control(mined, model, gate, dataset), DeconvNet(control.shuffled(model))
+    dataset.times = [0] * len(dataset)
+    for unit in range(4):
+        tiles = painter.tiles("third", [unit])
+        for pixels, rank, place in zip(against.pixels("third", tiles), tiles.ranks, tiles.boxes, strict=True):
+            image, position = found.images[layer.images[unit, rank]][None], layer.positions[unit, rank][None]
+            whole = net.project(image, "third", unit, position, start=1.0, gate=gate)
+            np.testing.assert_allclose(pixels, windows([whole[0].numpy()], place[None])[0], atol=1e-6)
+    assert max(dataset.times) == 2  # once in either network
+
+
+def test_layers_whose_windows_were_not_kept_run_each_image_once(found):
+    """The same pictures as from what mining keeps where it may."""
+    dataset = Read(found.images)
+    kept, bare = (
+        mine(found.model, dataset, list(LAYERS), batch_size=8, progress=False, memory=memory) for memory in (2**30, 0)
+    )
+    assert kept["conv3"].switches and not bare["conv3"].switches and bare["conv1"].patches is None
+    dataset.times = [0] * len(dataset)
+    net = DeconvNet(found.model)
+    passes = again.Passes(net, bare, dataset, masks=False)
+    for layer in LAYERS:
+        for unit in range(len(bare[layer].values)):
+            ours, theirs = (net.project_mined(m, layer, [unit], dataset=d) for m, d in ((bare, passes), (kept, None)))
+            order = ours.ranks.argsort()
+            assert torch.equal(ours.ranks[order], theirs.ranks) and torch.equal(ours.boxes[order], theirs.boxes)
+            torch.testing.assert_close(ours.pixels[order], theirs.pixels)
+    assert max(dataset.times) == 1
 
 
 def test_a_trained_and_a_shuffled_network_are_told_apart_by_layer_1(found):

@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 
 from zfcuda.deconv import Box, DeconvNet, Layer, Record
-from zfcuda.deconv.mined import Mined
+from zfcuda.deconv.batches import image_of, say
+from zfcuda.deconv.mined import Mined, Skipped
+from zfcuda.deconv.ranks import is_first
 from zfcuda.demo.folder import write
 from zfcuda.images import ImageFiles
 from zfcuda.models import LoadedModel, load_model
 from zfcuda.report import pictures
 from zfcuda.report.pictures import Picture
-from zfcuda.report.tiles import network_input
 
 __all__ = [
     "GalleryResult",
@@ -85,11 +86,12 @@ class Projected:
 
 @dataclass(frozen=True)
 class ProjectResult:
-    """The model, and a line for each picture."""
+    """The model, a line for each picture, and the images that could not be read."""
 
     loaded: LoadedModel
     layer: str
     rows: list[Projected]
+    skipped: list[Skipped]
 
 
 def layers(
@@ -146,7 +148,7 @@ def mine(
     layers, top, per_image, batch_size, num_workers, memory, gates, progress
         As in `zfcuda.deconv.mine`.
     device : str, optional
-        Default: the first GPU where there is one.
+        Default: a GPU where there is one; the first, or under ``torchrun`` each process its own.
     """
     loaded = load_model(model, weights, num_classes=num_classes, input_size=input_size, mean=mean, std=std, seed=seed)
     loaded.model.to(_device(device))
@@ -191,7 +193,7 @@ def gallery(
 ) -> GalleryResult:
     """Mine, project and show: a page that opens from the disk, ``output/gallery/index.html``.
 
-    What `mine` has left in ``output/mined`` is used.
+    What `mine` has left in ``output/mined`` is used. Of several processes all mine, and the first one writes the page.
 
     Parameters
     ----------
@@ -219,17 +221,18 @@ def gallery(
         gates=(gate,),
         progress=progress,
     )
-    page = write_gallery(
-        mined,
-        loaded.model,
-        folder / "gallery",
-        control=control,
-        gate=gate,
-        dataset=images,
-        title=f"{loaded.name}, weights {loaded.weights}",
-        progress=progress,
-    )
-    return GalleryResult(loaded, mined, folder / "mined", page)
+    if is_first():
+        write_gallery(
+            mined,
+            loaded.model,
+            folder / "gallery",
+            control=control,
+            gate=gate,
+            dataset=images,
+            title=f"{loaded.name}, weights {loaded.weights}",
+            progress=progress,
+        )
+    return GalleryResult(loaded, mined, folder / "mined", (folder / "gallery/index.html").absolute())
 
 
 def project(
@@ -276,6 +279,11 @@ def project(
         Longer side of either half of a picture.
     device : str, optional
         Default: the first GPU where there is one.
+
+    Raises
+    ------
+    RuntimeError
+        If none of the images can be read; some that cannot are `skipped`.
     """
     loaded = load_model(model, weights, num_classes=num_classes, input_size=input_size, mean=mean, std=std, seed=seed)
     where = _device(device)
@@ -285,8 +293,13 @@ def project(
     folder = _folder(output, model, data) / _file_name(layer)
     names = _stems(images)
     rows: list[Projected] = []
+    skipped: list[Skipped] = []
     for index in range(len(images)):
-        record = net(network_input(images, index)[None].to(where))
+        image = _read(images, index)
+        if isinstance(image, Skipped):
+            skipped.append(image)
+            continue
+        record = net(image[None].to(where))
         chosen = torch.tensor(units) if units is not None else _strongest_units(record.maps[layer][0], strongest)
         found = _project(net, record, layer, chosen, gate)
         name = names[index]
@@ -301,7 +314,18 @@ def project(
         if npz:
             arrays = {key: value for key, value in found.items() if value[0] is not None}
             _save_arrays(folder / f"{name}.npz", input=record.images[0].cpu().numpy(), **arrays)
-    return ProjectResult(loaded, layer, rows)
+    if len(skipped) == len(images):
+        raise RuntimeError(f"none of {len(images)} images could be read; {skipped[0].name}: {skipped[0].reason}")
+    return ProjectResult(loaded, layer, rows, skipped)
+
+
+def _read(images: ImageFiles, index: int) -> Tensor | Skipped:
+    try:
+        return image_of(images, index)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a reader makes of a broken file
+        return Skipped(index, images.name(index), say(error))
 
 
 def _project(net: DeconvNet, record: Record, layer: str, units: Tensor, gate: Gate) -> dict[str, Any]:
@@ -377,8 +401,10 @@ def _mine(loaded: LoadedModel, images: ImageFiles, folder: Path, **how: Any) -> 
 
 
 def _device(device: str | None) -> torch.device:
-    """The one asked for, else the first GPU where there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The one asked for, else a GPU where there is one: under ``torchrun`` each process of a machine its own."""
+    if device or not torch.cuda.is_available():
+        return torch.device(device or "cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _folder(output: PathLike | None, model: str, data: PathLike | Sequence[PathLike]) -> Path:

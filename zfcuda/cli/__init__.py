@@ -128,7 +128,8 @@ def project(as_json: bool, **given: Any) -> None:
     """Project units of one layer to pixels, in the images DATA: what in each caused the activation?
 
     Writes OUTPUT/LAYER/IMAGE-UNIT.png for each: left the projection (zero is grey), right the patch of the image.
-    Unlike `gallery` it takes the images as they come, without a search.
+    Unlike `gallery` it takes the images as they come, without a search. Those that cannot be read are named and
+    skipped.
 
     \b
     Examples:
@@ -140,6 +141,7 @@ def project(as_json: bool, **given: Any) -> None:
 
     result = jobs.project(**given)
     facts = {"model": _model(result.loaded), "layer": result.layer, "projections": _dicts(result.rows)}
+    facts["skipped"] = tables.skipped_facts(result.skipped)
     _report(tables.of_projected(result), as_json, facts)
 
 
@@ -187,6 +189,10 @@ def _dicts(rows: Any) -> list[dict[str, Any]]:
 
 
 def _report(shown: list[Any], as_json: bool, facts: dict[str, Any]) -> None:
+    from zfcuda.deconv.ranks import is_first
+
+    if not is_first():  # of several processes, whose results are the same
+        return
     if as_json:
         click.echo(json.dumps(facts, default=options.plain))
         return

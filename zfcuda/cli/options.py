@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +20,30 @@ Exit codes:
   2    wrong arguments: an unknown option, model, layer or unit
   130  stopped with Ctrl-C; mine, gallery and demo go on from there when called again
 """
+CONTINUED = ("demo", "gallery", "mine")
 FAILURES = (OSError, RuntimeError, TypeError, ImportError)
 WRONG_ARGUMENTS = (ValueError, IndexError)
+
+
+class Messages(logging.Handler):
+    """What the library says while it runs (the memory that mining takes, images that it skips), on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)  # whatever stderr is now: bars stand in its place
+
+
+@contextmanager
+def messages() -> Iterator[None]:
+    """Shows `Messages` while it is entered."""
+    log, handler = logging.getLogger("zfcuda"), Messages()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 class Commands(click.Group):
@@ -27,9 +51,11 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with messages():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("\nStopped.", err=True)
+            goes_on = " The same command goes on from here." if ctx.invoked_subcommand in CONTINUED else ""
+            click.echo(f"\nStopped.{goes_on}", err=True)
             ctx.exit(130)
         except click.exceptions.Exit:  # a RuntimeError
             raise

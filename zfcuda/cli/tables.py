@@ -8,9 +8,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from zfcuda.deconv.mined import Skipped
 from zfcuda.jobs import GalleryResult, LayersResult, MineResult, ProjectResult
 from zfcuda.models import LoadedModel
 from zfcuda.report.notebook import LAYER_COLUMNS, MINED_COLUMNS, layer_cells, mined_cells
+
+SHOWN = 20  # images that could not be read
 
 
 def of_model(loaded: LoadedModel) -> str:
@@ -40,11 +43,25 @@ def of_layers(result: LayersResult) -> list[Any]:
 def of_mined(result: MineResult | GalleryResult) -> list[Any]:
     mined = result.mined
     table = _table(MINED_COLUMNS, [mined_cells(name, layer) for name, layer in mined.items()])
-    shown = [of_model(result.loaded), table]
-    if mined.skipped:
-        shown.append(f"[yellow]! {len(mined.skipped)} images could not be read:[/]")
-        shown += [f"  {escape(s.name)}: {escape(s.reason)}" for s in mined.skipped[:20]]
-    return [*shown, f"{mined.images_seen} images; the lists: {escape(str(result.folder))}"]
+    return [
+        of_model(result.loaded),
+        table,
+        *of_skipped(mined.skipped),
+        f"{mined.images_seen} images; the lists: {escape(str(result.folder))}",
+    ]
+
+
+def of_skipped(skipped: Sequence[Skipped]) -> list[str]:
+    """The first images that could not be read, and why."""
+    if not skipped:
+        return []
+    more = [f"  and {len(skipped) - SHOWN} more"] if len(skipped) > SHOWN else []
+    lines = [f"  {escape(s.name)}: {escape(s.reason)}" for s in skipped[:SHOWN]]
+    return [f"[yellow]! Images that could not be read: {len(skipped)}[/]", *lines, *more]
+
+
+def skipped_facts(skipped: Sequence[Skipped]) -> list[dict[str, Any]]:
+    return [{"index": s.index, "name": s.name, "reason": s.reason} for s in skipped]
 
 
 def mined_facts(result: MineResult | GalleryResult) -> dict[str, Any]:
@@ -52,7 +69,7 @@ def mined_facts(result: MineResult | GalleryResult) -> dict[str, Any]:
     return {
         "folder": result.folder,
         "images_seen": mined.images_seen,
-        "skipped": [{"index": s.index, "name": s.name, "reason": s.reason} for s in mined.skipped],
+        "skipped": skipped_facts(mined.skipped),
         "layers": [
             {"name": name, "maps": len(layer.values), "dead": int((layer.count == 0).sum())}
             for name, layer in mined.items()
@@ -67,7 +84,7 @@ def of_projected(result: ProjectResult) -> list[Any]:
         place = "" if row.position is None else f"{row.position[0]}, {row.position[1]}"
         box = " ".join(map(str, row.box))
         rows.append((str(row.file), row.image, str(row.unit), f"{row.value:.4g}", place, box))
-    return [of_model(result.loaded), _table(columns, rows, left=2)]
+    return [of_model(result.loaded), _table(columns, rows, left=2), *of_skipped(result.skipped)]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:

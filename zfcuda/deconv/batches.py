@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from zfcuda.deconv.mined import Skipped, Source
 
-__all__ = ["Batch", "Batches", "source"]
+__all__ = ["Batch", "Batches", "image_of", "say", "source"]
 
 Label = int | str | None
 Collate = Callable[[list[Any]], Any]
@@ -145,7 +145,7 @@ class _Indexed(Dataset[Batch]):
         except MemoryError:
             raise
         except Exception as error:
-            return Skipped(index, source(self.dataset, index, head=False).name, _say(error))
+            return Skipped(index, source(self.dataset, index, head=False).name, say(error))
         return image_and_label(item) or _no_image(index, item)
 
 
@@ -181,7 +181,7 @@ class _Arriving(IterableDataset[Batch]):
                 return
             except Exception as error:
                 raise RuntimeError(
-                    f"dataset failed after {index} images ({_say(error)}); an iterable data set cannot go on after an "
+                    f"dataset failed after {index} images ({say(error)}); an iterable data set cannot go on after an "
                     "error: leave out images that cannot be read inside it"
                 ) from error
             yield item
@@ -254,6 +254,20 @@ def image_and_label(item: Any) -> tuple[Tensor, Label] | None:
     return None
 
 
+def image_of(dataset: Any, index: int) -> Tensor:
+    """An image (C, H, W) of a map-style data set, found in its item as mining finds it.
+
+    Raises
+    ------
+    TypeError
+        If there is none.
+    """
+    item = image_and_label(dataset[index])
+    if item is None:
+        raise TypeError(f"dataset has no image at index {index}; it must be the data set that was mined")
+    return item[0]
+
+
 def _label(leaf: Any) -> Label:
     if isinstance(leaf, str):
         return leaf
@@ -290,7 +304,8 @@ def _first_of_batch(batch: Any) -> Any:
     return next(_items_of_batch(batch))
 
 
-def _say(error: Exception) -> str:
+def say(error: Exception) -> str:
+    """Its kind and its message."""
     return f"{type(error).__name__}: {error}".strip(": ")
 
 

@@ -21,6 +21,7 @@ from zfcuda.deconv.ranking import Entered, ExactSums, Ranking
 from zfcuda.deconv.ranks import Ranks
 from zfcuda.deconv.receptive_field import Layer
 from zfcuda.deconv.windows import NOWHERE, Kept, Path, pack_bits
+from zfcuda.report.notebook import bytes_text
 
 __all__ = ["Collector", "Settings"]
 
@@ -161,7 +162,8 @@ class Collector:
         lacking = [t.layer.name for t in self.targets if t.path and not t.windows.keys() - {"patches"} and t.path.pools]
         rest = f"; no switches of {', '.join(lacking)}: projecting them reads the images again" if lacking else ""
         maps = self.targets[-1].maps.stop
-        return f"{len(self.targets)} layers, {maps} maps, {self.total_bytes / 2**20:.0f} MiB of lists and windows{rest}"
+        taken = f"{bytes_text(self.total_bytes)} of lists, patches and switches"
+        return f"{len(self.targets)} layers, {maps} maps, {taken}{rest}"
 
     def _allocate(self) -> None:
         count, top = self.targets[-1].maps.stop, self.settings.top

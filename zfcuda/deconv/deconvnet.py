@@ -333,7 +333,8 @@ class DeconvNet:
             As in `project`. The last two need what mining keeps for them if told (``mine(..., gates=...)``).
         dataset : map-style data set, optional
             The one that was mined. Needed, and its images passed forwards again, only for layers whose switches mining
-            does not keep: fully connected ones, and those behind sums and concatenations.
+            did not keep: fully connected ones, those behind sums and concatenations, and those that did not fit its
+            memory. A `zfcuda.deconv.again.Passes` of it remembers the passes from one call to the next.
 
         Returns
         -------

@@ -86,6 +86,14 @@ class Graph:
             (top,) = self.nodes[top].inputs
         return tuple(found)
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images, by the first convolution; 3 where there is none."""
+        for node in self.nodes:
+            if node.kind == "conv":
+                return node.parameters()[0].shape[1] * node.groups
+        return 3
+
     @cached_property
     def _last_use(self) -> dict[int, int]:
         return {j: i for i, node in enumerate(self.nodes) for j in node.inputs}

@@ -90,7 +90,7 @@ def mine(
         what the others miss is read from the data set again when it is needed. Logged before the start
         (`mining_memory`).
     progress : bool
-        A bar with images a second and the time left, if a terminal watches.
+        A bar with images a second and the time left, if a terminal or a notebook watches.
 
     Returns
     -------
@@ -160,7 +160,7 @@ def mining_memory(
     """
     net = model if isinstance(model, DeconvNet) else DeconvNet(model)
     collector = Collector(
-        net, _settings(net, layers, top, 1, gates, memory), (_channels(net), *input_size), allocate=False
+        net, _settings(net, layers, top, 1, gates, memory), (net.graph.image_channels, *input_size), allocate=False
     )
     return collector.bytes()
 
@@ -191,15 +191,20 @@ def _run(
                 for batch in stream:
                     _warn(collector.absorb(batch))
                     meter.advance(len(batch.labels) * ranks.size)
-                    if parts and (parts.due() or interruptions.pending):
-                        parts.save(collector)
                     if interruptions.pending:
-                        break
+                        raise KeyboardInterrupt
+                    if parts and parts.due():
+                        parts.save(collector)
             except BaseException:
                 # Reading failed, or was interrupted: between two batches all is whole.
                 if parts and not collector.busy:
                     parts.save(collector)
                 raise
+        return _finish(collector, batches, about, ranks, parts)  # to the end, even if interrupted: it is saved then
+
+
+def _finish(collector: Collector, batches: Batches, about: dict[str, Any], ranks: Ranks, parts: Parts | None) -> Mined:
+    """Merge the lists, and save the result."""
     if parts and ranks.size > 1:  # another rank may fail before the lists are merged
         parts.save(collector)
     mined = collector.finish(ranks, batches.batch_size)
@@ -229,7 +234,8 @@ def _start(
             skipped = [s for batch in stream for s in batch.skipped]
             raise RuntimeError(_nothing(len(skipped), skipped))
     collector = Collector(net, settings, shape, batches.name)
-    log.info("mining %s", collector.describe_memory())
+    if ranks.rank == 0:
+        log.info("mining %s", collector.describe_memory())
     if parts:
         parts.expect(collector.total_bytes)
         if state:
@@ -290,14 +296,6 @@ def _on_device(net: DeconvNet, device: torch.device | str | None) -> DeconvNet:
     return DeconvNet(copy.deepcopy(net.model).to(device), net.input_size)
 
 
-def _channels(net: DeconvNet) -> int:
-    """Of the images: by the first layer with weights for channels."""
-    for node in net.graph.nodes:
-        if node.kind == "conv":
-            return node.parameters()[0].shape[1] * node.groups
-    return 3
-
-
 def _as_dataset(net: DeconvNet, dataset: Any) -> Any:
     is_path = isinstance(dataset, (str, os.PathLike))
     if not is_path and not (
@@ -309,7 +307,7 @@ def _as_dataset(net: DeconvNet, dataset: Any) -> Any:
             "dataset is given as files, but the model does not say which size of images it takes: give "
             "zfcuda.images.ImageFiles(files, input_size, mean, std)"
         )
-    return ImageFiles(dataset, net.input_size, channels=_channels(net))
+    return ImageFiles(dataset, net.input_size, channels=net.graph.image_channels)
 
 
 def _add_sources(mined: Mined, batches: Batches, collector: Collector, about: dict[str, Any], ranks: Ranks) -> None:

@@ -16,7 +16,7 @@ class _Speed(ProgressColumn):
 
 
 class Meter:
-    """Counts images on standard error while it is entered, if a terminal watches.
+    """Counts images on standard error while it is entered, if a terminal or a notebook watches.
 
     Parameters
     ----------
@@ -30,7 +30,8 @@ class Meter:
     def __init__(self, total: int | None, done: int, enabled: bool) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("Mining"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not (enabled and console.is_terminal))
+        watched = console.is_terminal or console.is_jupyter
+        self._progress = Progress(*columns, console=console, disable=not (enabled and watched))
         self._task = self._progress.add_task("", total=total, completed=done)
         self._total = total
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from zfcuda.deconv.again import Passes
 from zfcuda.deconv.asked import Gate
-from zfcuda.deconv.batches import image_and_label
 from zfcuda.deconv.local import Local
 from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.windows import Kept, Path
@@ -23,6 +24,9 @@ __all__ = ["Projections", "project_mined"]
 #: Pixels and kept switches of the activations that go down together. A larger result would be mapped anew for each
 #: part, and its first touch costs as much as a tenth of the projection.
 PART_BYTES = 16 * 2**20
+
+#: Entries of a layer: their units and their ranks.
+Rows = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,64 +71,78 @@ def project_mined(
     wrong = chosen[(chosen < 0) | (chosen >= len(found.values))]
     if len(wrong):
         raise IndexError(f"units has {int(wrong[0])}; layer {layer!r} has units 0 to {len(found.values) - 1}")
-    height, width = mined.input_size
-    path = net.path(layer, (height, width))
+    path = net.path(layer, mined.input_size)
     places, ranks = (found.images[chosen] >= 0).nonzero(as_tuple=True)
     rows = chosen[places], ranks
-    if path is not None and found.positions is not None and path.pools.keys() <= found.switches.keys():
-        return _from_kept(net, path, found, rows, gate)
+    if not len(places):  # dead maps only
+        size = path.pixels.size if path else mined.input_size
+        empty = next(net.model.parameters()).new_empty(0, net.graph.image_channels, *size)
+        return iter([Projections(empty, *rows, rows[0].new_empty(0, 4))])
+    masks = path.rectified.keys() if path and gate != "deconvnet" else set()
+    lacking = not path or not path.pools.keys() <= found.switches.keys()
+    if path and not lacking and masks <= found.positive.keys():
+        kept = Kept(
+            {name: found.switches[name].flatten(0, 1) for name in path.pools},
+            {name: found.positive[name].flatten(0, 1) for name in masks},
+        )
+        top = found.values.shape[1]
+        local = _local(net, path, found, rows, gate)
+        return _down(net, local, found, rows, lambda units, ranks: kept[_consecutive(units * top + ranks)])
     if dataset is None:
         raise ValueError(
-            f"dataset is None; mining keeps no switches for layer {layer!r}, so its projections need the images again: "
+            f"dataset is None; mining kept no switches for layer {layer!r}, so its projections need the images again: "
+            "give the data set that was mined"
+            if lacking
+            else f"gate is {gate!r}, but the forward masks that it needs were not kept: mine with gates=[{gate!r}], or "
             "give the data set that was mined"
         )
-    return _from_images(net, found, rows, gate, dataset)
+    passes = dataset if isinstance(dataset, Passes) else Passes(net, mined, dataset, masks=gate != "deconvnet")
+    if path:
+        return _from_windows(net, path, found, rows, gate, passes)
+    return _from_images(net, found, rows, gate, passes)
 
 
-def _from_kept(
-    net: DeconvNet, path: Path, found: MinedLayer, rows: tuple[Tensor, Tensor], gate: Gate
+def _local(net: DeconvNet, path: Path, found: MinedLayer, rows: Rows, gate: Gate) -> Local:
+    return Local(path, len(found.values), gate, len(rows[0]), next(net.model.parameters()))
+
+
+def _from_windows(
+    net: DeconvNet, path: Path, found: MinedLayer, rows: Rows, gate: Gate, passes: Passes
 ) -> Iterator[Projections]:
-    masks = path.rectified if gate != "deconvnet" else {}
-    missing = masks.keys() - found.positive.keys()
-    if missing:
-        raise ValueError(
-            f"gate is {gate!r}, but the forward masks that it needs were not kept: mine with gates=[{gate!r}]"
-        )
+    """With windows cut from the images' passes, a batch of images at a time."""
+    local, images = _local(net, path, found, rows, gate), found.images[rows]
+    for passed in passes.batches(images):
+        of = torch.isin(images, passed.images)
+        yield from _down(net, local, found, (rows[0][of], rows[1][of]), partial(passed.cut, path, found))
+
+
+def _down(
+    net: DeconvNet, local: Local, found: MinedLayer, rows: Rows, kept: Callable[[Tensor, Tensor], Kept]
+) -> Iterator[Projections]:
+    """Entries with what was kept of them, a part at a time."""
     assert found.positions is not None
-    units, ranks = rows
     parameter = next(net.model.parameters())
-    local = Local(path, len(found.values), gate, len(units), parameter)
-    kept = Kept(
-        {name: found.switches[name].flatten(0, 1) for name in path.pools},
-        {name: found.positive[name].flatten(0, 1) for name in masks},
-    )
-    entries = units * found.values.shape[1] + ranks
     part = max(PART_BYTES // local.bytes, 1)
-    for unit, rank, entry in zip(units.split(part), ranks.split(part), entries.split(part), strict=True):
-        starts, positions = found.values[unit, rank].to(parameter), found.positions[unit, rank].to(parameter.device)
-        crops = local(unit.to(parameter.device), starts, positions, kept[_rows(entry)].to(parameter.device))
-        yield Projections(crops.pixels, unit, rank, crops.boxes)
+    for which in zip(rows[0].split(part), rows[1].split(part), strict=True):
+        starts, positions = found.values[which].to(parameter), found.positions[which].to(parameter.device)
+        crops = local(which[0].to(parameter.device), starts, positions, kept(*which).to(parameter.device))
+        yield Projections(crops.pixels, *which, crops.boxes)
 
 
-def _rows(entries: Tensor) -> slice | tuple[Tensor]:
+def _consecutive(entries: Tensor) -> slice | tuple[Tensor]:
     """An index of these rows; one that copies nothing where they follow one another."""
     first, last = int(entries[0]), int(entries[-1]) + 1
     return slice(first, last) if torch.equal(entries, torch.arange(first, last)) else (entries,)
 
 
-def _from_images(
-    net: DeconvNet, found: MinedLayer, rows: tuple[Tensor, Tensor], gate: Gate, dataset: Any
-) -> Iterator[Projections]:
-    """One forward pass for each image in the lists, image by image."""
+def _from_images(net: DeconvNet, found: MinedLayer, rows: Rows, gate: Gate, passes: Passes) -> Iterator[Projections]:
+    """Whole maps go down, image by image."""
     images = found.images[rows]
     for image in images.unique().tolist():
         which = tuple(index[images == image] for index in rows)
         positions = None if found.positions is None else found.positions[which][None]
-        item = image_and_label(dataset[image])
-        if item is None:
-            raise TypeError(f"dataset has no image at index {image}; it must be the data set that was mined")
         crops = net.project(
-            item[0][None].to(next(net.model.parameters())),
+            passes.record(image),
             found.layer.name,
             which[0],
             positions,

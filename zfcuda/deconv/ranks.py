@@ -8,7 +8,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "is_first"]
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, of an initialised `torch.distributed` or of ``torchrun``, or the only process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Ranks:

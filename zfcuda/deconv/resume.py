@@ -129,7 +129,7 @@ def _short(value: object) -> str:
 class Interruptions:
     """While it is entered, Ctrl-C and SIGTERM wait until they are asked for; a second one does not.
 
-    On leaving, what has waited has its usual effect.
+    On leaving, what has waited has its usual effect. Signals that are ignored stay so.
     """
 
     SIGNALS: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
@@ -140,7 +140,8 @@ class Interruptions:
         self.pending: int | None = None
 
     def __enter__(self) -> Interruptions:
-        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS} if self._enabled else {}
+        heeded = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._note) for s in heeded} if self._enabled else {}
         return self
 
     def _note(self, number: int, frame: object) -> None:

@@ -94,6 +94,20 @@ class Kept:
         """The same on a device."""
         return self._each(lambda kept: kept.to(device))
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(kept.nbytes for part in (self.switches, self.positive) for kept in part.values())
+
+    @staticmethod
+    def join(parts: Sequence[Kept]) -> Kept:
+        """One for all."""
+
+        def joined(maps: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([each[name] for each in maps]) for name in maps[0]}
+
+        return Kept(joined([part.switches for part in parts]), joined([part.positive for part in parts]))
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Kept:
         return Kept(*({name: change(kept) for name, kept in part.items()} for part in (self.switches, self.positive)))
 

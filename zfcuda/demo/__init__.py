@@ -52,12 +52,8 @@ class Demo:
 
     def run(self) -> Path:
         self.output.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.bars:
-                content = self._all()
-        except KeyboardInterrupt:
-            self.bars.say("Stopped. The same command goes on from here.")
-            raise
+        with self.bars:
+            content = self._all()
         path = page.write_page(self.output, content)
         self._report(path, content)
         return path

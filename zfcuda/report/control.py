@@ -5,7 +5,8 @@ random ones does not show what the network learned. The control is the same netw
 shuffled, each parameter by itself: a layer keeps the exact distribution of its weights, so the scale of its maps, and
 loses all structure. The same activations are projected, the same unit at the same position in the same image:
 
-- with the data set, the images are run through the shuffled network, and its own switches are used: the control proper;
+- with the data set, each image in the lists is run through the shuffled network once, whose own switches are used: the
+  control proper;
 - without it, the switches that the trained network left are used again, with the shuffled filters. This is milder, as
   those switches were chosen by learned filters: it answers how much of a picture comes from the switches alone.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,13 +27,12 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from zfcuda.deconv import DeconvNet
+from zfcuda.deconv.again import Passes
 from zfcuda.deconv.deconvnet import Gate
 from zfcuda.deconv.mined import Mined, MinedLayer
-from zfcuda.report.tiles import Tiles, in_boxes, inside, network_input
+from zfcuda.report.tiles import Tiles, in_boxes, inside
 
 __all__ = ["Control", "shuffled", "similarity"]
-
-BATCH = 32  # images that are run together
 
 
 def shuffled(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -85,22 +86,21 @@ class Control:
     """
 
     def __init__(self, mined: Mined, model: torch.nn.Module, gate: Gate = "deconvnet", dataset: Any = None) -> None:
-        self.mined, self.gate, self.dataset = mined, gate, dataset
+        self.mined, self.gate = mined, gate
         self.deconvnet = DeconvNet(shuffled(model).eval(), mined.input_size)
+        self.passes: Passes | None = None
+        if dataset is not None:
+            self.mined = replace(mined, layers={name: _bare(layer) for name, layer in mined.items()})
+            self.passes = Passes(self.deconvnet, mined, dataset, masks=gate != "deconvnet")
 
     def pixels(self, layer: str, tiles: Tiles) -> NDArray[np.float32]:
         """The projections (n, C, h, w) of the same activations by the shuffled network."""
-        mined = self.mined[layer]
         if not len(tiles.units):
             return tiles.pixels
-        if self.dataset is None:
-            units = np.unique(tiles.units).tolist()
-            return self.deconvnet.project_mined(self.mined, layer, units, gate=self.gate).pixels.float().cpu().numpy()
-        parts = [
-            self._rerun(mined, tiles.units[rows], tiles.ranks[rows])
-            for rows in np.split(np.arange(len(tiles.units)), range(BATCH, len(tiles.units), BATCH))
-        ]
-        return in_boxes(np.concatenate(parts), tiles.boxes)
+        units = np.unique(tiles.units).tolist()
+        found = self.deconvnet.project_mined(self.mined, layer, units, self.gate, self.passes)
+        order = np.lexsort((found.ranks.numpy(), found.units.numpy()))  # as the tiles are
+        return in_boxes(found.pixels.float().cpu().numpy()[order], tiles.boxes)
 
     def similarities(self, tiles: Tiles, control: NDArray[np.float32]) -> list[float]:
         """`similarity` of each tile and its control."""
@@ -109,11 +109,7 @@ class Control:
             for one, other, box in zip(tiles.pixels, control, tiles.boxes, strict=True)
         ]
 
-    def _rerun(self, mined: MinedLayer, units: NDArray[Any], ranks: NDArray[Any]) -> NDArray[np.float32]:
-        index = torch.from_numpy(units), torch.from_numpy(ranks)
-        images = torch.stack([network_input(self.dataset, image) for image in mined.images[index].tolist()])
-        positions = None if mined.positions is None else mined.positions[index][:, None]
-        crops = self.deconvnet.project(
-            images, mined.layer.name, index[0][:, None], positions, start=1.0, gate=self.gate, crop=True
-        )
-        return crops.pixels[:, 0].float().cpu().numpy()
+
+def _bare(layer: MinedLayer) -> MinedLayer:
+    """The same activations, of value 1, without what the trained network left of them."""
+    return replace(layer, values=(layer.images >= 0).to(layer.values), switches={}, positive={})

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import zfcuda
 from zfcuda.deconv.deconvnet import Gate
@@ -88,12 +89,12 @@ def gallery(
         As in `DeconvNet.project`.
     dataset : map-style dataset, optional
         The one that was mined. Needed for layers whose patches or switches were not kept (fully connected ones). With
-        it images without a file are shown, and the control runs the images anew: a forward pass for each activation,
-        where without it there is none.
+        it images without a file are shown, and the control runs each image in the lists once through the shuffled
+        network, where without it there is no forward pass.
     title : str, optional
         Heading of the page; default the name of the model's class.
     progress : bool
-        Show a progress bar.
+        Bars with the time left, if a terminal or a notebook watches.
 
     Returns
     -------
@@ -428,10 +429,12 @@ def _whole(number: int) -> str:
 
 
 def _bar(progress: bool) -> Progress:
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description:<12}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        disable=not progress,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (progress and (console.is_terminal or console.is_jupyter)),
     )

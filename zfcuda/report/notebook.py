@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LAYER_COLUMNS",
     "MINED_COLUMNS",
+    "bytes_text",
     "layer_cells",
     "layers_html",
     "mined_cells",
@@ -38,7 +39,7 @@ def layer_cells(layer: Layer) -> tuple[str, ...]:
     """A line of `LAYER_COLUMNS`; empty where nothing is known or there is no such thing."""
     sides = [_size(pair) for pair in (layer.size, layer.receptive_field, layer.jump)]
     maps = "" if layer.channels is None else str(layer.channels)
-    return (layer.name, layer.kind, maps, *sides, _bytes(layer.map_bytes), _bytes(layer.switch_bytes))
+    return (layer.name, layer.kind, maps, *sides, bytes_text(layer.map_bytes), bytes_text(layer.switch_bytes))
 
 
 def layers_html(layers: Iterable[Layer]) -> str:
@@ -109,7 +110,8 @@ def _size(pair: Sequence[int] | None) -> str:
     return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]} x {pair[1]}"
 
 
-def _bytes(count: int | None) -> str:
+def bytes_text(count: int | None) -> str:
+    """A number of bytes in words; empty for None."""
     if count is None:
         return ""
     size = float(count)

@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from zfcuda.deconv import DeconvNet
+from zfcuda.deconv.again import Passes
+from zfcuda.deconv.batches import image_of
 from zfcuda.deconv.deconvnet import Gate
 from zfcuda.deconv.mined import Mined, MinedLayer
 from zfcuda.deconv.mining import fingerprint
 from zfcuda.report import pictures
 
-__all__ = ["Painter", "Tiles", "in_boxes", "inside", "network_input", "windows"]
+__all__ = ["Painter", "Tiles", "in_boxes", "inside", "windows"]
 
 Array = NDArray[Any]
 
@@ -67,6 +69,7 @@ class Painter:
         self.mined, self.gate, self.dataset = mined, gate, dataset
         self.deconvnet = DeconvNet(model, mined.input_size)
         self._check()
+        self.passes = None if dataset is None else Passes(self.deconvnet, mined, dataset, masks=gate != "deconvnet")
         self.mean, self.std = _preprocessing(mined)
         for name, layer in mined.items():
             # One map of each layer, so that whatever its projections lack shows now and not when half is done.
@@ -78,7 +81,7 @@ class Painter:
         alive = [unit for unit in units if mined.count[unit]]
         if not alive:
             return _no_tiles()
-        projected = self.deconvnet.project_mined(self.mined, layer, alive, gate=self.gate, dataset=self.dataset)
+        projected = self.deconvnet.project_mined(self.mined, layer, alive, gate=self.gate, dataset=self.passes)
         which, ranks = projected.units.cpu(), projected.ranks.cpu()
         boxes = self._boxes(mined, which, ranks)
         pixels = in_boxes(projected.pixels.float().cpu().numpy(), boxes)
@@ -93,7 +96,7 @@ class Painter:
 
     def picture(self, image: int) -> pictures.Picture:
         """An image of the data set as the network saw it."""
-        return pictures.patch(network_input(self.dataset, image).numpy(), self.mean, self.std)
+        return pictures.patch(image_of(self.dataset, image).float().numpy(), self.mean, self.std)
 
     def _boxes(self, mined: MinedLayer, units: torch.Tensor, ranks: torch.Tensor) -> Array:
         """The receptive fields; the whole image for fully connected units."""
@@ -107,7 +110,8 @@ class Painter:
         if mined.patches is not None:
             return mined.patches[units, ranks].float().numpy()
         images = mined.images[units, ranks].tolist()
-        return windows([network_input(self.dataset, image).numpy() for image in images], boxes)
+        inputs = {image: image_of(self.dataset, image).float().numpy() for image in set(images)}
+        return windows([inputs[image] for image in images], boxes)
 
     def _check(self) -> None:
         known = {layer.name: layer for layer in self.deconvnet.layers}
@@ -143,12 +147,6 @@ class Painter:
 def _no_tiles() -> Tiles:
     numbers, values, shown = np.empty(0, np.int64), np.empty((0, 3, 0, 0), np.float32), np.empty((0, 0, 0, 3), np.uint8)
     return Tiles(numbers, numbers, np.empty((0, 4), np.int64), values, values, shown, shown)
-
-
-def network_input(dataset: Any, image: int) -> torch.Tensor:
-    """An image of a map-style data set, (C, H, W): the item itself, or the first part of it."""
-    item = dataset[image]
-    return torch.as_tensor(item[0] if isinstance(item, (tuple, list)) else item).float()
 
 
 def in_boxes(projections: Array, boxes: Array) -> Array:

@@ -556,8 +556,10 @@ async function render(before) {
   const browsing = filtered || !everywhere;
   const scope = everywhere ? layers : [layerOf.get(state.layer)];
   for (const tab of document.querySelectorAll("[data-layer]")) {
-    if (layers[tab.dataset.layer].name === state.layer) tab.setAttribute("aria-current", "page");
-    else tab.removeAttribute("aria-current");
+    if (layers[tab.dataset.layer].name === state.layer) {
+      tab.setAttribute("aria-current", "page");
+      tab.scrollIntoView({ block: "nearest", inline: "center" });
+    } else tab.removeAttribute("aria-current");
   }
   document.title = [state.layer && `${state.layer}${state.map === null ? "" : ` ${state.map}`}`, summary.title].filter(Boolean).join(" · ");
   if ($("search").value !== state.q && document.activeElement !== $("search")) $("search").value = state.q;
