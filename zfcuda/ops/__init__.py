@@ -1,5 +1,6 @@
 """The paper's operators on compiled CPU and CUDA kernels, with torch's argument names and order."""
 
+from zfcuda.ops._arrays import accept_arrays
 from zfcuda.ops.conv2d_relu import conv2d_relu
 from zfcuda.ops.crop_windows import crop_windows
 from zfcuda.ops.deconv2d import deconv2d
@@ -23,3 +24,7 @@ __all__ = [
     "switches_to_indices",
     "window_deconv2d",
 ]
+
+for _name in __all__:
+    if not isinstance(globals()[_name], type):
+        globals()[_name] = accept_arrays(globals()[_name])
