@@ -12,7 +12,14 @@ from zfcuda import ops
 from zfcuda.ops._common import option
 from zfcuda.ops.max_unpool2d import OVERLAPS
 
-__all__ = ["ConvReLU2d", "FastestMaxPool2d", "LocalResponseNorm", "MaxPool2d", "MaxUnpool2d"]
+__all__ = [
+    "ConvReLU2d",
+    "FastestMaxPool2d",
+    "LocalResponseNorm",
+    "MaxPool2d",
+    "MaxUnpool2d",
+    "fastest_max_pool2d",
+]
 
 
 class ConvReLU2d(nn.Conv2d):

@@ -1,4 +1,10 @@
-"""The paper's operators on compiled CPU and CUDA kernels, with torch's argument names and order."""
+"""The paper's operators on compiled CPU and CUDA kernels, with torch's argument names and order.
+
+In the place of tensors they take arrays of NumPy, CuPy and other libraries that speak DLPack, without gradients, and return
+arrays of the same kind: no copy is made.
+"""
+
+import sys
 
 from zfcuda.ops._arrays import accept_arrays
 from zfcuda.ops.conv2d_relu import conv2d_relu
@@ -26,5 +32,6 @@ __all__ = [
 ]
 
 for _name in __all__:
-    if not isinstance(globals()[_name], type):
-        globals()[_name] = accept_arrays(globals()[_name])
+    _function = globals()[_name]
+    if not isinstance(_function, type):
+        globals()[_name] = vars(sys.modules[_function.__module__])[_name] = accept_arrays(_function)

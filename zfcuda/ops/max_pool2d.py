@@ -26,7 +26,7 @@ def max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     r"""Maximum of each window, and where it was: the *switches* of section 2.1 of the paper.
 
-    .. math:: y_{oy,ox} = \max_{i,j} x_{oy \, s_h - p_h + i \, d_h,\; ox \, s_w - p_w + j \, d_w}
+    .. math:: y[r, c] = \max_{i, j}\; x[r \, s_h - p_h + i \, d_h,\; c \, s_w - p_w + j \, d_w]
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ def max_unpool2d(
     Returns
     -------
     Tensor
-        (batch, channels, *output_size) in the input's memory format. Deterministic.
+        (batch, channels, output height, output width) in the input's memory format. Deterministic.
 
     Raises
     ------

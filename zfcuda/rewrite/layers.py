@@ -49,6 +49,8 @@ def _conv_objection(conv: Any) -> str | None:
         return f"its padding_mode is {conv.padding_mode!r}"
     if isinstance(conv.padding, str):
         return f"its padding is {conv.padding!r}"
+    if conv.groups > 1:
+        return f"it has {conv.groups} groups, for which torch's is faster"
     if conv.weight.dtype not in core.DTYPES:
         return f"its dtype is {conv.weight.dtype}"
     return None
