@@ -64,9 +64,10 @@ void conv2d_weight_gradient(const ConvShape& shape, Dtype dtype, Gate gate, Addr
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec);
 
-// Maximum of each window and its switch: the first maximum in row-major order; the last NaN where
-// there is one; a window without a positive or finite value still has a switch.
-void max_pool2d(const PoolShape& shape, Dtype dtype, Address input, Address output,
+// Maximum of each window of input, or with `relu` of max(input, 0), and its switch: the first
+// maximum in row-major order; the last NaN where there is one; a window without a positive or
+// finite value still has a switch.
+void max_pool2d(const PoolShape& shape, Dtype dtype, bool relu, Address input, Address output,
                 Address switches, const Exec& exec);
 
 // The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the

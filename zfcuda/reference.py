@@ -101,6 +101,18 @@ def max_pool2d(
     return windows.gather(-1, switches[..., None]).squeeze(-1), switches.to(torch.uint8)
 
 
+def relu_max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.relu_max_pool2d`."""
+    return max_pool2d(_keep(input, input), kernel_size, stride, padding, dilation, ceil_mode)
+
+
 def max_unpool2d(
     input: Tensor,
     switches: Tensor,

@@ -18,7 +18,7 @@ WRITTEN = {
     "conv2d": {7: True, 8: False},
     "deconv2d": {7: True, 8: False},
     "conv2d_weight_gradient": {6: True, 7: True, 8: False},
-    "max_pool2d": {3: True, 4: True},
+    "max_pool2d": {4: True, 5: True},
     "max_unpool2d": {5: True},
     "switch_gather": {5: True},
     "find_invalid_switch": {2: True},
