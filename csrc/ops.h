@@ -64,9 +64,10 @@ void conv2d_weight_gradient(const ConvShape& shape, Dtype dtype, Gate gate, Addr
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec);
 
-// Maximum of each window and its switch: the first maximum in row-major order; the last NaN where
-// there is one; a window without a positive or finite value still has a switch.
-void max_pool2d(const PoolShape& shape, Dtype dtype, Address input, Address output,
+// Maximum of each window of input, or with `relu` of max(input, 0), and its switch: the first
+// maximum in row-major order; the last NaN where there is one; a window without a positive or
+// finite value still has a switch.
+void max_pool2d(const PoolShape& shape, Dtype dtype, bool relu, Address input, Address output,
                 Address switches, const Exec& exec);
 
 // The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the
@@ -92,6 +93,11 @@ void local_response_norm(const NormShape& shape, Dtype dtype, double alpha, doub
 void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double alpha, double beta,
                                   double k, Address input, Address grad_output, Address grad_input,
                                   const Exec& exec);
+
+// Every filter, `size` neighbouring numbers, whose root mean square exceeds max_rms is scaled back
+// to it, in place. A filter that is not finite is left alone.
+void renormalize_filters(std::int64_t filters, std::int64_t size, Dtype dtype, double max_rms,
+                         Address weight, const Exec& exec);
 
 // One step of a receptive-field-local projection, all windows at once:
 //

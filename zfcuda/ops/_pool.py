@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zfcuda.ops._common import MAX_WINDOW, check_at_least, check_device, check_shape
+from zfcuda import core
+from zfcuda.ops._common import (
+    MAX_WINDOW,
+    check_at_least,
+    check_device,
+    check_shape,
+    check_tensor,
+    dense,
+    memory_format,
+)
 
 
 class Window(NamedTuple):
@@ -61,12 +70,27 @@ class Window(NamedTuple):
                     f"all of {name} of height and width {tuple(size)}: reduce the padding or the dilation"
                 )
 
+    def pooled_shape(self, input: Tensor, ceil_mode: bool) -> list[int]:
+        """The whole shape of the pool of ``input``; RuntimeError unless there is one."""
+        check_tensor("input", input)
+        self.check()
+        self.check_input("input", input.shape[2:], ceil_mode)
+        return [*input.shape[:2], *self.pooled_size(input.shape[2:], ceil_mode)]
+
     def shape(
         self, input_size: Sequence[int], pooled_size: Sequence[int], layout: torch.memory_format
     ) -> tuple[int, ...]:
         """PoolShape of csrc/shapes.h."""
         last = int(layout == torch.channels_last)
         return (*input_size, *pooled_size[-2:], *self.kernel_size, *self.stride, *self.padding, *self.dilation, last)
+
+
+def pool(input: Tensor, window: Window, relu: bool, output: Tensor, switches: Tensor) -> None:
+    """``max_pool2d`` of csrc/ops.h into checked tensors of the input's memory format."""
+    if output.numel():
+        layout = memory_format(input)
+        shape = window.shape(input.shape, output.shape, layout)
+        core.run("max_pool2d", input, shape, core.DTYPES[input.dtype], relu, dense(input, layout), output, switches)
 
 
 def check_switches(switches: Tensor, like: Tensor, shape: Sequence[int], why: str) -> None:
