@@ -35,8 +35,8 @@ autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_xref_param_type = False
 
-# Every function and module that a docstring or a page refers to must exist. Classes are in annotations too, where many are
-# other libraries' or private.
+# Every function and module that a docstring or a page refers to must exist. Classes are in annotations too, where many
+# are other libraries' or private.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(torch|numpy|copy)\b.*"), ("py:class", r"(?!zfcuda\.(nn|ops|rewrite\.report)\.).*")]
 

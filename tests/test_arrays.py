@@ -84,7 +84,9 @@ def test_arrays_give_what_tensors_give(name, kind):
     actual = getattr(ops, name)(*map(arrays, args), **{k: arrays(v) for k, v in kwargs.items()})
     assert isinstance(actual, tuple) == isinstance(expected, tuple)
     for a, e in zip(
-        actual if isinstance(actual, tuple) else [actual], expected if isinstance(expected, tuple) else [expected], strict=True
+        actual if isinstance(actual, tuple) else [actual],
+        expected if isinstance(expected, tuple) else [expected],
+        strict=True,
     ):
         assert type(a) is cls and torch.equal(read(a), e)
 

@@ -1,4 +1,4 @@
-"""zfcuda.optimize: the same outputs, gradients and state dict on other operators, and nothing touched that must not be."""
+"""zfcuda.optimize: the same outputs, gradients and state dict by other operators; and what must not be touched."""
 
 from __future__ import annotations
 
@@ -226,7 +226,10 @@ def test_normalisation_and_pools_alone():
     for model in (modules, Functions()):
         optimised = zfcuda.optimize(model)
         seen = calls(optimised, X)
-        assert [n for n in seen.names if n.startswith("zfcuda")] == ["zfcuda::local_response_norm", "zfcuda::max_pool2d"]
+        assert [n for n in seen.names if n.startswith("zfcuda")] == [
+            "zfcuda::local_response_norm",
+            "zfcuda::max_pool2d",
+        ]
         assert_same(model, optimised, X)
         seen = calls(optimised, X.contiguous(memory_format=torch.channels_last))
         assert seen.count("zfcuda::max_pool2d") == 0, "torch's is faster there"
@@ -291,7 +294,9 @@ def test_parametrisations(parametrise):
 
 
 @pytest.mark.parametrize("name", ["conv", "relu", "pool", ""])
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
 def test_hooks_see_what_they_saw(name, register):
     seen = []
 
@@ -474,7 +479,9 @@ class Stacked(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(2)
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.LocalResponseNorm(3))
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.LocalResponseNorm(3)
+        )
         self.conv, self.head = nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
 
     def forward(self, input):
@@ -593,7 +600,10 @@ def test_projections_of_the_result_are_the_models():
 
 def test_the_report():
     model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), Modes(None)
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        Modes(None),
     )
     report = zfcuda.optimize(model).zfcuda_report
     assert repr(report).splitlines() == [

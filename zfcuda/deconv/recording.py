@@ -77,12 +77,12 @@ def _augmented(function: Any) -> Any:
     return record
 
 
-#: fx records ``y += x`` as ``y = y + x``, and loses that whoever else holds y sees the sum; this one keeps it.
-Proxy: type[fx.Proxy] = type(
-    "Proxy",
-    (fx.Proxy,),
-    {f"__{f.__name__}__": _augmented(f) for f in INPLACE},
-)
+class Proxy(fx.Proxy):
+    """fx records ``y += x`` as ``y = y + x``, and loses that whoever else holds y sees the sum; this one keeps it."""
+
+
+for _function in INPLACE:
+    setattr(Proxy, f"__{_function.__name__}__", _augmented(_function))
 
 
 class Tracer(fx.Tracer):

@@ -1,7 +1,7 @@
 """The paper's operators on compiled CPU and CUDA kernels, with torch's argument names and order.
 
-In the place of tensors they take arrays of NumPy, CuPy and other libraries that speak DLPack, without gradients, and return
-arrays of the same kind: no copy is made.
+In the place of tensors they take arrays of NumPy, CuPy and other libraries that speak DLPack, without gradients, and
+return arrays of the same kind: no copy is made.
 """
 
 import sys

@@ -26,7 +26,8 @@ class Rewritten:
     _zfcuda_source: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
         return _blank, (self._zfcuda_base, self._zfcuda_source), *state
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -97,9 +98,9 @@ def _blank(base: type, source: str) -> Any:
     return cls.__new__(cls)
 
 
-def _subclass(base: type, source: str, forward: Any) -> type:
+def _subclass(base: Any, source: str, forward: Any) -> type:
     mixin = RewrittenSequential if issubclass(base, torch.nn.Sequential) else Rewritten
-    attributes = {
+    attributes: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -54,20 +54,20 @@ def optimize(model: Model) -> Model:
     Notes
     -----
     *Shared* means that training one trains the other, as with :func:`torch.fx.symbolic_trace`; ``copy.deepcopy`` the
-    result for parameters of its own. Move the model to its device first: ``.to()`` on one of the two moves
-    the parameters of both, but the buffers of that one only.
+    result for parameters of its own. Move the model to its device first: ``.to()`` on one of the two moves the
+    parameters of both, but the buffers of that one only.
 
-    *Hooks.* A convolution, ReLU or pool with hooks is left alone, as one with parametrised weights is. One that
-    gets a hook later does not call it where it has become a part of another operator: register hooks first.
+    *Hooks.* A convolution, ReLU or pool with hooks is left alone, as one with parametrised weights is. One that gets a
+    hook later does not call it where it has become a part of another operator: register hooks first.
 
-    *What cannot be followed.* Each module's forward() is recorded by itself; those within are called, not looked into. So
-    one that `torch.fx` cannot follow (control flow that depends on values, ...) or that does more than a recording can
-    repeat (gradients switched off for a part, attributes set, the type of an input asked for, different calls in
-    training) stays as it is, and those within are optimised all the same. A convolution whose ReLU is called by another
-    module's forward() is left.
+    *What cannot be followed.* Each module's forward() is recorded by itself; those within are called, not looked into.
+    So one that `torch.fx` cannot follow (control flow that depends on values, ...), or that does more than a recording
+    repeats (gradients switched off for a part, attributes set, the type of an input asked for, other calls in training
+    than in evaluation) stays as it is, and those within are optimised all the same. A convolution whose ReLU is called
+    by another module's forward() is left.
 
-    *Changes afterwards.* A module that gets another module in the place of one that it held, or one more, or
-    loses one, returns to the forward() of its class.
+    *Changes afterwards.* A module that gets another module in the place of one that it held, or one more, or loses one,
+    returns to the forward() of its class.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")

@@ -1,4 +1,4 @@
-"""A module's own forward() as one graph that holds whatever its mode and its optional arguments are, or a reason why not."""
+"""A module's own forward() as a graph that holds in both modes and for all optional arguments; or why there is none."""
 
 from __future__ import annotations
 

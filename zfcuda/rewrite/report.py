@@ -48,7 +48,9 @@ class Report:
 
     def __repr__(self) -> str:
         """A line for all that was replaced, and one for all that was left for the same reason."""
-        rows = [(r.name, f"{r.was} → {r.now}", f"with {', '.join(r.joined)}" if r.joined else "") for r in self.replaced]
+        rows = [
+            (r.name, f"{r.was} → {r.now}", f"with {', '.join(r.joined)}" if r.joined else "") for r in self.replaced
+        ]
         alike: dict[tuple[str, str], list[str]] = {}
         for left in self.left:
             alike.setdefault((left.what, left.reason), []).append(left.name)
