@@ -18,6 +18,7 @@ WEIGHT, BIAS = normal(6, 4, 3, 3).float(), normal(6).float()
 #: A call of every operator: positional arguments, the others.
 CALLS = {
     "conv2d_relu": ((IMAGE, WEIGHT, BIAS), {"stride": 2, "padding": 1}),
+    "conv2d_relu_max_pool2d": ((IMAGE, WEIGHT, BIAS), {"padding": 1, "pool_kernel_size": 2}),
     "crop_windows": ((IMAGE, torch.tensor([0, 1]), torch.tensor([[0, 1], [-1, 2]]), 3), {}),
     "deconv2d": ((normal(2, 6, 4, 4).float(), WEIGHT), {"gate": "backprop", "forward": normal(2, 6, 4, 4).float()}),
     "indices_to_switches": ((ops.switches_to_indices(SWITCHES, (9, 8), 2), (9, 8), 2), {}),
@@ -25,6 +26,9 @@ CALLS = {
     "map_maximum": ((IMAGE,), {"pooled": POOLED, "switches": SWITCHES, "kernel_size": 2}),
     "max_pool2d": ((IMAGE, 2), {}),
     "max_unpool2d": ((POOLED, SWITCHES, 2), {"output_size": (9, 8)}),
+    "relu_max_pool2d": ((IMAGE, 2), {}),
+    "renormalize_filters_": ((WEIGHT.clone(), 0.5), {}),
+    "switch_gather": ((IMAGE, SWITCHES, 2), {}),
     "switches_to_indices": ((SWITCHES, (9, 8), 2), {}),
     "window_deconv2d": (
         (normal(3, 2, 2, 6).float(), WEIGHT, whole_numbers(3, 2).long(), (9, 8)),
@@ -130,6 +134,16 @@ def test_nothing_is_copied():
     assert seen[0].data_ptr() == array.ctypes.data == result.ctypes.data
 
 
+def test_arrays_are_written_into():
+    weight, output = WEIGHT.numpy().copy(), POOLED.numpy().copy()
+    assert ops.renormalize_filters_(weight, 0.5).ctypes.data == weight.ctypes.data
+    assert np.array_equal(weight, ops.renormalize_filters_(WEIGHT.clone(), 0.5))
+    switches = SWITCHES.numpy().copy()
+    results = ops.relu_max_pool2d(IMAGE.numpy(), 2, out=(output, switches))
+    assert [r.ctypes.data for r in results] == [output.ctypes.data, switches.ctypes.data]
+    assert np.array_equal(output, ops.relu_max_pool2d(IMAGE, 2)[0])
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
@@ -139,6 +153,7 @@ def test_nothing_is_copied():
         (TypeError, "input is a list", lambda: ops.max_pool2d([1.0], 2)),
         (TypeError, "input is a float32", lambda: ops.max_pool2d(np.float32(1), 2)),
         (TypeError, "longdouble|float128", lambda: ops.max_pool2d(np.zeros((1, 1, 2, 2), np.longdouble), 2)),
+        (TypeError, "written into, but it has negative", lambda: ops.renormalize_filters_(WEIGHT.numpy()[::-1], 0.5)),
         (RuntimeError, "input has dtype torch.int64", lambda: ops.max_pool2d(np.zeros((1, 1, 2, 2), int), 2)),
         (RuntimeError, "input has shape", lambda: ops.max_pool2d(np.zeros((2, 2)), 2)),
     ],

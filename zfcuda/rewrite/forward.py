@@ -98,7 +98,7 @@ def _blank(base: type, source: str) -> Any:
     return cls.__new__(cls)
 
 
-def _subclass(base: Any, source: str, forward: Any) -> type:
+def _subclass(base: type, source: str, forward: Any) -> Any:
     mixin = RewrittenSequential if issubclass(base, torch.nn.Sequential) else Rewritten
     attributes: dict[str, Any] = {
         "__module__": base.__module__,
@@ -108,4 +108,5 @@ def _subclass(base: Any, source: str, forward: Any) -> type:
         "_zfcuda_source": source,
         "forward": forward,
     }
-    return type(base.__name__, (mixin, base), attributes)
+    bases: tuple[Any, ...] = (mixin, base)
+    return type(base.__name__, bases, attributes)

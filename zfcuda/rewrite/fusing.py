@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -37,12 +38,12 @@ def _convolution(root: torch.nn.Module, graph: fx.Graph, call: fx.Node, conv: An
     if isinstance(behind, str):
         return Left(str(call.target), type(conv).__name__, behind)
     pool = max_pool(root, behind[-1])
-    fused = _fused(graph, call, conv, pool)
+    function, result = _fused(graph, call, conv, pool)
     for node in (call, *behind):
-        node.replace_all_uses_with(fused)
+        node.replace_all_uses_with(result)
     for node in (*reversed(behind), call):
         graph.erase_node(node)
-    return Replaced(str(call.target), type(conv).__name__, fused.target.__name__, tuple(map(_name, behind)))
+    return Replaced(str(call.target), type(conv).__name__, function.__name__, tuple(map(_name, behind)))
 
 
 def _behind(root: torch.nn.Module, conv: fx.Node) -> list[fx.Node] | str:
@@ -60,7 +61,7 @@ def _behind(root: torch.nn.Module, conv: fx.Node) -> list[fx.Node] | str:
         return f"{_what(root, other)} uses its output before the ReLU"
     after = {*relu.users, *users} - {relu}
     pools = [node for node in after if len(after) == 1 and max_pool(root, node) is not None]
-    return [relu, *(pools if hasattr(ops, "conv2d_relu_max_pool2d") else [])]
+    return [relu, *pools]
 
 
 def _what(root: torch.nn.Module, call: fx.Node) -> str:
@@ -78,8 +79,11 @@ def _name(call: fx.Node) -> str:
     return str(call.target) if call.op == "call_module" else f"{function_name(call)}()"
 
 
-def _fused(graph: fx.Graph, call: fx.Node, conv: Any, pool: Any) -> Any:
-    """One call in the place of a convolution's; the parameters are read from the module each time."""
+def _fused(graph: fx.Graph, call: fx.Node, conv: Any, pool: Any) -> tuple[Any, fx.Node]:
+    """The function that does it all, and its result in the place of the convolution's.
+
+    The parameters are read from the module each time.
+    """
     slide: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
     if pool is not None:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
@@ -88,5 +92,7 @@ def _fused(graph: fx.Graph, call: fx.Node, conv: Any, pool: Any) -> Any:
         (input,) = call.all_input_nodes
         weight = graph.get_attr(f"{call.target}.weight")
         bias = None if conv.bias is None else graph.get_attr(f"{call.target}.bias")
-        function = ops.conv2d_relu if pool is None else ops.conv2d_relu_max_pool2d
-        return graph.call_function(function, (input, weight, bias), slide)
+        if pool is None:
+            return ops.conv2d_relu, graph.call_function(ops.conv2d_relu, (input, weight, bias), slide)
+        pair = graph.call_function(ops.conv2d_relu_max_pool2d, (input, weight, bias), slide)
+        return ops.conv2d_relu_max_pool2d, graph.call_function(operator.getitem, (pair, 0))

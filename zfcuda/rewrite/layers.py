@@ -33,7 +33,7 @@ def objection(module: Any, kind: type) -> str | None:
     """Why a module that is a ``kind`` must stay as it is; None if it may be replaced."""
     if is_parametrized(module):
         return "its parameters are parametrised"
-    if type(module) is not kind or "forward" in vars(module):
+    if type(module) not in (kind, ALONE.get(kind)) or "forward" in vars(module):
         return f"it is derived from {kind.__name__}, and may do something else"
     if any(getattr(module, name) for name in HOOKS):
         return "it has hooks"
