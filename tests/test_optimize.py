@@ -104,7 +104,7 @@ def test_torchvisions_networks(name):
     assert seen.count("zfcuda::conv2d_relu_max_pool2d") == pooled
     replaced = optimised.zfcuda_report.replaced
     assert len(replaced) == fused + pooled + pools
-    assert sum(each.now == "FastestMaxPool2d" for each in replaced) == pools
+    assert sum(each.now == "zfcuda.nn.FastestMaxPool2d" for each in replaced) == pools
     assert_same(model, optimised, x)
 
 
@@ -603,6 +603,14 @@ def test_a_graph_module_and_batch_normalisation_that_was_folded():
     assert torch.equal(pickle.loads(pickle.dumps(optimised))(x), optimised(x))
 
 
+def test_fx_follows_the_result():
+    for model in (Stacked(), nn.Sequential(nn.MaxPool2d(2)), Net(RELUS["method"], POOLS["F.max_pool2d"])):
+        optimised = zfcuda.optimize(model)
+        traced = torch.fx.symbolic_trace(optimised)
+        assert calls(traced, X).names == calls(optimised, X).names
+        assert torch.equal(traced(X), optimised(X))
+
+
 def test_projections_of_the_result_are_the_models():
     model = network("alexnet").eval()
     x = torch.randn(1, 3, 64, 64)
@@ -624,13 +632,20 @@ def test_the_report():
     report = zfcuda.optimize(model).zfcuda_report
     assert repr(report).splitlines() == [
         "2 replaced, 2 left",
-        "  0.0     Conv2d → conv2d_relu_max_pool2d  with 0.1, 0.2",
-        "  3.conv  Conv2d → conv2d_relu             with 3.relu()",
-        "  1       Conv2d left                      BatchNorm2d follows it, not a ReLU",
-        "  3.last  Conv2d left                      the end of the forward() follows it, not a ReLU",
+        "  0.0     Conv2d → zfcuda.ops.conv2d_relu_max_pool2d  with 0.1, 0.2",
+        "  3.conv  Conv2d → zfcuda.ops.conv2d_relu             with 3.relu()",
+        "  1       Conv2d left                                 BatchNorm2d follows it, not a ReLU",
+        "  3.last  Conv2d left                                 the end of the forward() follows it, not a ReLU",
     ]
 
 
 def test_refuses_what_is_no_module():
     with pytest.raises(TypeError, match=r"model is a function; it must be a torch\.nn\.Module"):
         zfcuda.optimize(F.relu)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_are_left_to_torch(groups):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups), nn.ReLU())
+    (entry,) = zfcuda.optimize(model).zfcuda_report.left
+    assert entry.reason == f"it has {groups} groups, for which torch's is faster"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from zfcuda import ops
 from zfcuda.ops._common import option
@@ -107,6 +108,8 @@ def fastest_max_pool2d(
     nothing has been measured. Values and gradients are the same.
     """
     window: Any = kernel_size, stride, padding, dilation, ceil_mode
+    if has_torch_function_unary(input):
+        return handle_torch_function(fastest_max_pool2d, (input,), input, *window)
     large = input.is_cpu and input.dim() == 4 and input.numel() >= 1 << 15
     if large and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last):
         return ops.max_pool2d(input, *window)[0]

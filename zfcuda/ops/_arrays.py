@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = ["accept_arrays", "on_arrays"]
 
@@ -23,6 +24,9 @@ def accept_arrays(function: Function) -> Function:
     def call(*args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Tensor):
             return function(*args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        if has_torch_function(arguments):
+            return handle_torch_function(call, arguments, *args, **kwargs)
         return on_arrays(function, args, kwargs)
 
     return cast(Function, call)

@@ -11,7 +11,7 @@ from torch import fx
 from zfcuda import ops
 from zfcuda.deconv.recording import function_name, is_inplace
 from zfcuda.rewrite.layers import function_counterpart, is_relu, max_pool, module_of, objection
-from zfcuda.rewrite.report import Left, Replaced
+from zfcuda.rewrite.report import Left, Replaced, public_name
 
 __all__ = ["fuse"]
 
@@ -26,7 +26,7 @@ def fuse(root: torch.nn.Module, graph: fx.Graph) -> list[Replaced | Left]:
     for call in list(graph.nodes):
         function = function_counterpart(root, call)
         if function is not None:
-            entries.append(Replaced(_name(call), function_name(call), function.__name__))
+            entries.append(Replaced(_name(call), function_name(call), public_name(function)))
             call.target = function
             call.kwargs = {name: value for name, value in call.kwargs.items() if name != "return_indices"}
     return entries
@@ -43,7 +43,7 @@ def _convolution(root: torch.nn.Module, graph: fx.Graph, call: fx.Node, conv: An
         node.replace_all_uses_with(result)
     for node in (*reversed(behind), call):
         graph.erase_node(node)
-    return Replaced(str(call.target), type(conv).__name__, function.__name__, tuple(map(_name, behind)))
+    return Replaced(str(call.target), type(conv).__name__, public_name(function), tuple(map(_name, behind)))
 
 
 def _behind(root: torch.nn.Module, conv: fx.Node) -> list[fx.Node] | str:

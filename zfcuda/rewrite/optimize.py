@@ -12,7 +12,7 @@ from zfcuda.rewrite.forward import set_forward, use_original_forward
 from zfcuda.rewrite.fusing import fuse
 from zfcuda.rewrite.layers import counterpart
 from zfcuda.rewrite.recording import Unfollowable, holds_calls, record
-from zfcuda.rewrite.report import Left, Replaced, Report
+from zfcuda.rewrite.report import Left, Replaced, Report, public_name
 
 __all__ = ["optimize"]
 
@@ -104,7 +104,7 @@ def _alone(module: torch.nn.Module) -> Replaced | Left | None:
     if reason is not None:
         return Left("", was, reason)
     module.__class__ = kind
-    return Replaced("", was, kind.__name__)
+    return Replaced("", was, public_name(kind))
 
 
 def _report(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["Left", "Replaced", "Report"]
+__all__ = ["Left", "Replaced", "Report", "public_name"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ class Report:
             alike.setdefault((left.what, left.reason), []).append(left.name)
         rows += [(_few(names), f"{what} left", reason) for (what, reason), names in alike.items()]
         return "\n".join([f"{len(self.replaced)} replaced, {len(self.left)} left", *_aligned(rows)])
+
+
+def public_name(thing: Any) -> str:
+    """Where users find a function or a class of this library: ``zfcuda.ops.conv2d_relu``."""
+    package = ".".join(thing.__module__.split(".")[:2])
+    return f"{package}.{thing.__name__}"
 
 
 def _within(path: str, name: str) -> str:
