@@ -30,6 +30,10 @@ CALLS = {
     "renormalize_filters_": ((WEIGHT.clone(), 0.5), {}),
     "switch_gather": ((IMAGE, SWITCHES, 2), {}),
     "switches_to_indices": ((SWITCHES, (9, 8), 2), {}),
+    "unpool_relu_deconv2d": (
+        (normal(2, 6, 4, 4).float(), torch.zeros(2, 6, 4, 4, dtype=torch.uint8), WEIGHT),
+        {"pool_kernel_size": 2},
+    ),
     "window_deconv2d": (
         (normal(3, 2, 2, 6).float(), WEIGHT, whole_numbers(3, 2).long(), (9, 8)),
         {"switches": torch.zeros(3, 2, 2, 6, dtype=torch.uint8), "pool": (2, 2, 1)},
