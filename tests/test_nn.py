@@ -94,6 +94,34 @@ def test_the_deconvnet_refuses_what_it_does_not_know():
             zfcuda.DeconvNet(nn.Sequential(module))
 
 
+@pytest.mark.parametrize(
+    ("change", "ours"),
+    [
+        (lambda x: x, True),
+        (lambda x: x.double(), True),
+        (lambda x: x.bfloat16(), False),
+        (lambda x: x.contiguous(memory_format=torch.channels_last), False),
+        (lambda x: x[0], False),
+        (lambda x: x[:, :, :4], False),
+        (lambda x: x.transpose(2, 3), False),
+        (lambda x: x.to("meta"), False),
+    ],
+)
+def test_the_faster_pool_of_the_two(change, ours, monkeypatch):
+    """Ours where torch's takes one value at a time; always with torch's results, gradients among them."""
+    called = []
+    pool = zf.ops.max_pool2d
+    monkeypatch.setattr(zf.ops, "max_pool2d", lambda *args: called.append(args) or pool(*args))
+    x = change(normal(2, 3, 80, 72).float()).detach().requires_grad_()
+    window = {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}
+    output, expected = zf.FastestMaxPool2d(**window)(x), nn.MaxPool2d(**window)(x)
+    assert bool(called) == ours and output.shape == expected.shape and output.dtype == expected.dtype
+    if x.device.type != "meta":
+        grad = torch.ones_like(expected)
+        assert torch.equal(output, expected)
+        assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (output, expected)))
+
+
 def test_repr():
     expected = "ConvReLUMaxPool2d(3, 4, kernel_size=(3, 3), stride=(1, 1), pool_kernel_size=2, pool_stride=2, "
     expected += "pool_padding=0, pool_dilation=1, pool_ceil_mode=False)"

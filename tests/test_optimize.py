@@ -504,6 +504,15 @@ class Stacked(nn.Module):
         return self.head(F.relu(self.conv(self.features(input))).mean((2, 3)))
 
 
+def test_on_every_backend(backend):
+    model = Stacked().to(backend.device)
+    optimised = zfcuda.optimize(model)
+    x = X.to(backend.device)
+    expected, actual = results(model, x), results(optimised, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+
+
 def test_copies_and_pickles(tmp_path):
     optimised = zfcuda.optimize(Stacked())
     torch.save(optimised, tmp_path / "model.pt")

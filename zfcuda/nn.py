@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from zfcuda import ops
+from zfcuda import core, ops
 from zfcuda.ops._common import option
 from zfcuda.ops.max_unpool2d import OVERLAPS
 
@@ -174,20 +174,20 @@ def fastest_max_pool2d(
     """``torch.nn.functional.max_pool2d`` by :func:`zfcuda.ops.max_pool2d` where that is the faster of the two.
 
     That is for contiguous input of rank 4 and 32,768 numbers or more on the CPU, which torch pools one value at a time.
-    torch's own is called for channels_last, whose channels it pools side by side, for less, and on other devices, where
-    nothing has been measured. Values and gradients are the same.
+    torch's own is called for channels_last, whose channels it pools side by side, for less, for dtypes that ours does
+    not take, and on other devices, where nothing has been measured. Values and gradients are the same.
     """
     window: Any = kernel_size, stride, padding, dilation, ceil_mode
     if has_torch_function_unary(input):
         return handle_torch_function(fastest_max_pool2d, (input,), input, *window)
-    large = input.is_cpu and input.dim() == 4 and input.numel() >= 1 << 15
+    large = input.is_cpu and input.dim() == 4 and input.numel() >= 1 << 15 and input.dtype in core.DTYPES
     if large and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last):
         return ops.max_pool2d(input, *window)[0]
     return nn.functional.max_pool2d(input, *window)
 
 
 class FastestMaxPool2d(nn.MaxPool2d):
-    """``nn.MaxPool2d`` without indices by :func:`fastest_max_pool2d`: never slower than torch's."""
+    """``nn.MaxPool2d`` without indices by :func:`fastest_max_pool2d`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The pooled tensor."""
