@@ -27,15 +27,17 @@ def accept_arrays(function: Function) -> Function:
         arguments = (*args, *kwargs.values())
         if has_torch_function(arguments):
             return handle_torch_function(call, arguments, *args, **kwargs)
+        if any(isinstance(a, Tensor) for a in arguments):
+            return function(*args, **kwargs)
         return on_arrays(function, args, kwargs)
 
     return cast(Function, call)
 
 
 def on_arrays(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call ``function`` with tensors in the place of arrays, and return arrays of the kind of the first one.
+    """Call ``function``, of whose arguments none is a tensor, with tensors in the place of arrays.
 
-    Arguments that are no arrays, tensors among them, are passed as they are: a call without arrays is an ordinary one.
+    It then returns arrays of the kind of the first one. Without any the call is an ordinary one, and will be refused.
 
     Raises
     ------
@@ -61,12 +63,10 @@ def _with_tensors(value: Any, kind: type, written: bool) -> Any:
     """An argument, with a tensor for an array; ``written`` forbids that it is a copy."""
     if isinstance(value, (tuple, list)):
         return type(value)(_with_tensors(v, kind, written) for v in value)
-    if not _is_array(value) and not isinstance(value, Tensor):
+    if not _is_array(value):
         return value
     if type(value) is not kind:
-        raise TypeError(
-            f"an argument is a {_name(type(value))}, another a {_name(kind)}; give arrays of one library, or tensors"
-        )
+        raise TypeError(f"an argument is a {_name(type(value))}, another a {_name(kind)}; give arrays of one library")
     try:
         # Such as image[..., ::-1], which ends the process within torch.
         if any(step < 0 for step in getattr(value, "strides", None) or ()):
