@@ -10,7 +10,7 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
     && $(BIN)/pip install --no-deps 'torchvision==0.28.0'
 
-.PHONY: demo test bench gpu-tests kernels lint
+.PHONY: demo test bench gpu-tests kernels lint docs
 demo: $(VENV)/demo
 	$(BIN)/zfcuda demo
 
@@ -32,6 +32,9 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+docs: $(VENV)/dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs build/docs
 
 $(VENV)/demo: $(SOURCES) | $(VENV)/torch
 	$(BIN)/pip install -e .

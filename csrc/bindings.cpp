@@ -97,11 +97,16 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     m.def("conv2d_weight_gradient_workspace", &conv2d_weight_gradient_workspace);
     m.def("conv2d_weight_gradient", &conv2d_weight_gradient, nogil());
     m.def("max_pool2d", &max_pool2d, nogil());
+    m.def("conv2d_relu_max_pool2d_workspace", &conv2d_relu_max_pool2d_workspace);
+    m.def("conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d, nogil());
     m.def("max_unpool2d", &max_unpool2d, nogil());
+    m.def("unpool_relu_deconv2d_workspace", &unpool_relu_deconv2d_workspace);
+    m.def("unpool_relu_deconv2d", &unpool_relu_deconv2d, nogil());
     m.def("switch_gather", &switch_gather, nogil());
     m.def("find_invalid_switch", &find_invalid_switch, nogil());
     m.def("local_response_norm", &local_response_norm, nogil());
     m.def("local_response_norm_gradient", &local_response_norm_gradient, nogil());
+    m.def("renormalize_filters", &renormalize_filters, nogil());
     m.def("window_deconv2d_packed", &window_deconv2d_packed);
     m.def("window_deconv2d_pack", &window_deconv2d_pack, nogil());
     m.def("window_deconv2d_workspace", &window_deconv2d_workspace);

@@ -64,16 +64,36 @@ void conv2d_weight_gradient(const ConvShape& shape, Dtype dtype, Gate gate, Addr
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec);
 
-// Maximum of each window and its switch: the first maximum in row-major order; the last NaN where
-// there is one; a window without a positive or finite value still has a switch.
-void max_pool2d(const PoolShape& shape, Dtype dtype, Address input, Address output,
+// Maximum of each window of input, or with `relu` of max(input, 0), and its switch: the first
+// maximum in row-major order; the last NaN where there is one; a window without a positive or
+// finite value still has a switch.
+void max_pool2d(const PoolShape& shape, Dtype dtype, bool relu, Address input, Address output,
                 Address switches, const Exec& exec);
+
+// max_pool2d(relu) of conv2d(image, weight, bias), whose maps never exist as a whole: `pool` is the
+// pool of the maps of `shape`, in the same layout.
+std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& shape, const PoolShape& pool,
+                                              Dtype dtype, const Exec& exec);
+void conv2d_relu_max_pool2d(const ConvShape& shape, const PoolShape& pool, Dtype dtype,
+                            Address image, Address weight, Address bias, Address output,
+                            Address switches, Address workspace, const Exec& exec);
 
 // The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the
 // shape, `unpooled` its input size. Where switches of several windows meet: their sum, or with
 // `overwrite` the value of the last window in row-major order.
 void max_unpool2d(const PoolShape& shape, Dtype dtype, bool overwrite, Address pooled,
                   Address switches, Address unpooled, const Exec& exec);
+
+// image = conv_transpose(gate(maps), weight) + bias, where maps = max_unpool2d(signal, switches)
+// never exists as a whole: `pool` is the pool of the maps of `shape`. Here `forward` has the size
+// of the signal, and blocks its values before they are unpooled: it is the pool's output on the way
+// up.
+std::int64_t unpool_relu_deconv2d_workspace(const ConvShape& shape, const PoolShape& pool,
+                                            Dtype dtype, const Exec& exec);
+void unpool_relu_deconv2d(const ConvShape& shape, const PoolShape& pool, Dtype dtype, Gate gate,
+                          bool overwrite, Address signal, Address switches, Address forward,
+                          Address weight, Address bias, Address image, Address workspace,
+                          const Exec& exec);
 
 // The transpose of max_unpool2d: pooled[w] = unpooled[switch of w]; with `overwrite` zero for the
 // windows whose value was overwritten.
@@ -92,6 +112,11 @@ void local_response_norm(const NormShape& shape, Dtype dtype, double alpha, doub
 void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double alpha, double beta,
                                   double k, Address input, Address grad_output, Address grad_input,
                                   const Exec& exec);
+
+// Every filter, `size` neighbouring numbers, whose root mean square exceeds max_rms is scaled back
+// to it, in place. A filter that is not finite is left alone.
+void renormalize_filters(std::int64_t filters, std::int64_t size, Dtype dtype, double max_rms,
+                         Address weight, const Exec& exec);
 
 // One step of a receptive-field-local projection, all windows at once:
 //

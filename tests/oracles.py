@@ -192,6 +192,51 @@ def check_compiled(operator: Callable[..., Any], sample: Sample) -> None:
         assert torch.equal(c, e) and c.stride() == e.stride()
 
 
+# ---------------------------------------------------------------- out=
+
+
+def check_out_convention(operator: Callable[..., Any], sample: Sample) -> None:
+    """The same bits in the caller's tensors, whose version counters rise; what does not fit is refused."""
+
+    def listed(results: Any) -> list[Tensor]:
+        return list(results) if isinstance(results, tuple) else [results]
+
+    def call(out: Sequence[Tensor]) -> list[Tensor]:
+        given = tuple(out) if len(out) > 1 else out[0]
+        return listed(operator(*sample.tensors, **sample.options, out=given))
+
+    expected = listed(sample.call(operator))
+    assert expected[0].requires_grad
+    expected = [e.detach() for e in expected]
+    fresh = [torch.full_like(e, 77) for e in expected]
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        call(fresh)
+    with torch.no_grad():
+        versions = [t._version for t in fresh]
+        written = call(fresh)
+        assert all(w is f and torch.equal(f, e) for w, f, e in zip(written, fresh, expected, strict=True))
+        assert all(t._version > version for t, version in zip(fresh, versions, strict=True))
+        for number, right in enumerate(expected):
+            other = torch.contiguous_format if channels_innermost(right) else torch.channels_last
+            wrong = {
+                "has dtype": right.to(torch.int16),
+                "has shape": right[:, :1],
+                "is on meta": right.to("meta"),
+                "has strides": right.contiguous(memory_format=other),
+            }
+            for message, value in wrong.items():
+                name = rf"out\[{number}\]" if len(expected) > 1 else "out"
+                with pytest.raises(RuntimeError, match=f"{name} {message}"):
+                    call([*fresh[:number], value, *fresh[number + 1 :]])
+        first, *others = sample.tensors
+        assert first is not None
+        buffer = first.new_empty(max(first.numel(), expected[0].numel()))
+        aliases = (buffer.as_strided(t.shape, t.stride()) for t in (first, expected[0]))
+        sample = Sample([next(aliases).copy_(first), *others], sample.options)
+        with pytest.raises(RuntimeError, match="shares memory"):
+            call([next(aliases), *fresh[1:]])
+
+
 # ---------------------------------------------------------------- examples
 
 

@@ -174,7 +174,7 @@ INPUTS = st.builds(
 NAMES = ("kernel_size", "stride", "padding", "dilation")
 
 
-def _steps_over(size, kernel, stride, padding, dilation):
+def steps_over(size, kernel, stride, padding, dilation):
     """Whether some window has taps on both sides of the input and none inside; torch returns -inf there."""
     return any(
         not any(0 <= start + i * d < n for i in range(k))
@@ -189,7 +189,7 @@ def test_agrees_with_torch(backend):
         stride = options["stride"] or options["kernel_size"]
         sample = Sample([x], options)
         valid = min(stride) > 0 and min(options["padding"]) >= 0
-        if valid and _steps_over(x.shape[2:], options["kernel_size"], stride, options["padding"], options["dilation"]):
+        if valid and steps_over(x.shape[2:], options["kernel_size"], stride, options["padding"], options["dilation"]):
             with pytest.raises(RuntimeError, match="|".join(NAMES)):
                 sample.on(backend.device, torch.float32).call(ops.max_pool2d)
         else:
@@ -207,7 +207,7 @@ def test_every_small_size():
             expected = F.max_pool2d(x, *arguments, return_indices=True)[0].shape
         except RuntimeError:
             expected = None
-        if expected is None or _steps_over((n,), (k,), (s,), (p,), (d,)):
+        if expected is None or steps_over((n,), (k,), (s,), (p,), (d,)):
             with pytest.raises(RuntimeError, match="|".join(NAMES)):
                 ops.max_pool2d(x, *arguments)
         else:

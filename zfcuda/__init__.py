@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zfcuda import attr, deconv, jobs, models, nn, ops
     from zfcuda.deconv import DeconvNet, show
+    from zfcuda.rewrite.optimize import optimize
 
 __version__ = "0.1.0"
-__all__ = ["DeconvNet", "__version__", "attr", "deconv", "jobs", "models", "nn", "ops", "show"]
+__all__ = ["DeconvNet", "__version__", "attr", "deconv", "jobs", "models", "nn", "ops", "optimize", "show"]
 
 #: Names of this package that live in a module of it.
-FROM = {"DeconvNet": "zfcuda.deconv", "show": "zfcuda.deconv"}
+FROM = {"DeconvNet": "zfcuda.deconv", "optimize": "zfcuda.rewrite.optimize", "show": "zfcuda.deconv"}
 
 
 def __getattr__(name: str) -> Any:

@@ -39,6 +39,26 @@ def conv2d_relu(
     return _keep(maps, maps)
 
 
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Size,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    pool_ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.conv2d_relu_max_pool2d`."""
+    maps = conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    return max_pool2d(maps, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+
+
 def deconv2d(
     signal: Tensor,
     weight: Tensor,
@@ -101,6 +121,18 @@ def max_pool2d(
     return windows.gather(-1, switches[..., None]).squeeze(-1), switches.to(torch.uint8)
 
 
+def relu_max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.relu_max_pool2d`."""
+    return max_pool2d(_keep(input, input), kernel_size, stride, padding, dilation, ceil_mode)
+
+
 def max_unpool2d(
     input: Tensor,
     switches: Tensor,
@@ -132,6 +164,48 @@ def max_unpool2d(
     return output.unflatten(2, (height, width))
 
 
+def unpool_relu_deconv2d(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    pool_kernel_size: Size,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    pool_output_size: Sequence[int] | None = None,
+    overlap: str = "sum",
+    gate: str = "deconvnet",
+    forward: Tensor | None = None,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.unpool_relu_deconv2d`."""
+    if forward is not None:
+        signal = _keep(signal, forward)
+    pool = pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_output_size, overlap
+    maps = max_unpool2d(signal, switches, *pool)
+    rest = {"backprop": "none", "guided": "deconvnet"}.get(gate, gate)
+    return deconv2d(maps, weight, bias, stride, padding, output_padding, groups, dilation, gate=rest)
+
+
+def switch_gather(
+    input: Tensor,
+    switches: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.switch_gather`."""
+    indices = switches_to_indices(switches, input.shape[2:], kernel_size, stride, padding, dilation)
+    return input.flatten(2).gather(2, indices.flatten(2)).view(switches.shape)
+
+
 def switches_to_indices(
     switches: Tensor,
     input_size: Sequence[int],
@@ -155,6 +229,16 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
         near = input[:, max(c - size // 2, 0) : c + (size - 1) // 2 + 1]
         maps.append(input[:, c] / (k + alpha / size * near.square().sum(1)) ** beta)
     return torch.stack(maps, 1)
+
+
+def renormalize_filters_(weight: Tensor, max_rms: float) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.renormalize_filters_`."""
+    with torch.no_grad():
+        for i in range(len(weight)):
+            rms = weight[i].square().mean().sqrt()
+            if max_rms < rms < torch.inf:
+                weight[i] *= max_rms / rms
+    return weight
 
 
 def window_deconv2d(

@@ -47,10 +47,31 @@ struct Lanes {
     typedef std::int32_t Word __attribute__((vector_size(4 * kVectorBytes / sizeof(T))));
 
     // The first `lanes` lanes from memory, the others zero.
-    static Value load(const T* from, std::int64_t lanes) {
-        Value value{};
+    static Value load(const T* from, std::int64_t lanes) { return load_or(from, lanes, T(0)); }
+    // The first `lanes` lanes from memory, the others `other`.
+    static Value load_or(const T* from, std::int64_t lanes, T other) {
+        Value value = Value{} + other;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4)
+            if (lanes != count)
+                return (Value)_mm512_mask_loadu_ps((__m512)value, __mmask16((1u << lanes) - 1),
+                                                   from);
+#endif
         copy(&value, from, lanes);
         return value;
+    }
+    // Lanes 0, 2, 4, … of two vectors that follow each other.
+    static Value every_second(const Value& first, const Value& second) {
+        Integer lane;
+        for (int i = 0; i < count; ++i) lane[i] = 2 * i;
+        return __builtin_shuffle(first, second, lane);
+    }
+    // Whether a lane of a comparison holds.
+    static bool any(const Integer& comparison) {
+        std::uint64_t words[kVectorBytes / 8], some = 0;
+        std::memcpy(words, &comparison, kVectorBytes);
+        for (const std::uint64_t word : words) some |= word;
+        return some != 0;
     }
     static Integer load_bytes(const std::uint8_t* from, std::int64_t lanes) {
         Byte bytes{};

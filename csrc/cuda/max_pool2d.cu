@@ -1,8 +1,11 @@
-// Max-pooling that records switches.
+// Max-pooling that records switches, perhaps of a rectified input.
 //
 //   output[n,c,oy,ox] = max over the window;  switches = i * kernel_w + j of the first maximum in
 //   row-major order, or of the last NaN, as in torch. The window's first valid position is the
-//   switch of a window of -inf.
+//   switch of a window of -inf, and with `relu` of one without a positive value.
+//
+// A fused ReLU costs nothing: the maximum starts from 0 in place of -infinity, and what is not
+// positive never wins.
 //
 // A thread an output, or four channels of one in NHWC, in storage order (places.cuh): lanes read
 // windows that are neighbours. Least bytes: input + output + one byte a switch; overlapping
@@ -17,17 +20,16 @@ namespace {
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    max_pool2d_kernel(PoolShape s, Places inputs, Places outputs, const T* input, T* output,
-                      std::uint8_t* switches) {
+    max_pool2d_kernel(PoolShape s, Places inputs, Places outputs, T least, const T* input,
+                      T* output, std::uint8_t* switches) {
     for_each_place(outputs, [&](std::int64_t index, const Place& place) {
         const std::int64_t top = place.y * s.stride_h - s.padding_h;
         const std::int64_t left = place.x * s.stride_w - s.padding_w;
         const T* const window = input + inputs.offset(place.slab, 0, 0, place.inner);
-        const T kLeast = -INFINITY;
         Vector<T, kVector> best;
         Vector<std::uint8_t, kVector> where = {};
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) best.value[e] = kLeast;
+        for (int e = 0; e < kVector; ++e) best.value[e] = least;
         bool first = true;
         for (int i = 0; i < s.kernel_h; ++i) {
             const std::int64_t y = top + i * s.dilation_h;
@@ -40,10 +42,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
                     const T value = values.value[e];
-                    if (first || value > best.value[e] || value != value) {
-                        best.value[e] = value;
+                    const bool more = value > best.value[e] || value != value;
+                    if (first || more)
                         where.value[e] = static_cast<std::uint8_t>(i * s.kernel_w + j);
-                    }
+                    if (more) best.value[e] = value;
                 }
                 first = false;
             }
@@ -55,14 +57,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void max_pool2d(const PoolShape& s, Dtype dtype, Address input, Address output, Address switches,
-                const Exec& exec) {
+void max_pool2d(const PoolShape& s, Dtype dtype, bool relu, Address input, Address output,
+                Address switches, const Exec& exec) {
     if (s.outputs() == 0) return;
     const auto run = [&](auto kernel, auto zero, int vector) {
         using T = decltype(zero);
         const Places inputs(s.input(), s.batch, vector), outputs(s.output(), s.batch, vector);
         launch(kernel, outputs.grid(), dim3(kThreads), 0, exec, s, inputs, outputs,
-               input.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
+               relu ? T(0) : T(-INFINITY), input.as<const T>(), output.as<T>(),
+               switches.as<std::uint8_t>());
     };
     if (four_channels(s.output(), dtype, input, output, switches))
         run(max_pool2d_kernel<float, 4>, float{}, 4);

@@ -87,11 +87,11 @@ def test_shuffles(kernels, order, by, width):
 def test_a_forgotten_element_of_an_output_is_reported():
     kernels = Emulated("bugs")
 
-    def max_pool2d(bug, _, source, out, exec):
+    def max_pool2d(bug, _, __, source, out, exec):
         kernels.library.transpose(bug, 16, ctypes.c_void_p(source), ctypes.c_void_p(out))
 
     module = SimpleNamespace(__file__=kernels.library._name, max_pool2d=max_pool2d)
     emulator = Emulator(module)
     source, out = torch.randn(16, 16), torch.empty(16, 16)
     with pytest.raises(RuntimeError, match="unwritten output"):
-        emulator.max_pool2d(7, 0, emulator.address(source), emulator.address(out), ())
+        emulator.max_pool2d(7, 0, 0, emulator.address(source), emulator.address(out), ())

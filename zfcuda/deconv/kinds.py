@@ -33,6 +33,7 @@ KINDS: dict[Any, str] = {
     _T.Linear: "linear",
     _T.ReLU: "relu",
     nn.MaxPool2d: "pool",
+    nn.FastestMaxPool2d: "pool",
     _T.MaxPool2d: "pool",
     _T.AdaptiveMaxPool2d: "adaptive_pool",
     _T.AvgPool2d: "average",

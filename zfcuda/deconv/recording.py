@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from zfcuda.deconv.kinds import is_layer, refuse
+from zfcuda.rewrite.forward import original_forwards
 
-__all__ = ["Recording", "function_name", "is_inplace"]
+__all__ = ["Proxy", "Recording", "Tracer", "function_name", "is_inplace"]
 
 INPLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
@@ -40,8 +41,8 @@ class Recording:
 
     def __init__(self, model: torch.nn.Module) -> None:
         root = torch.nn.Sequential(OrderedDict({type(model).__name__: model})) if is_layer(model) else model
-        tracer = _Tracer()
-        with _evaluation(model):
+        tracer = Tracer()
+        with _evaluation(model), original_forwards(model):
             graph = _trace(tracer, root)
         self.root, self.calls = root, list(graph.nodes)
         self.around, self.use, self.results = tracer.around, tracer.use, tracer.results
@@ -76,15 +77,15 @@ def _augmented(function: Any) -> Any:
     return record
 
 
-#: fx records ``y += x`` as ``y = y + x``, and loses that whoever else holds y sees the sum; this one keeps it.
-_Proxy = type(
-    "_Proxy",
-    (fx.Proxy,),
-    {f"__{f.__name__}__": _augmented(f) for f in INPLACE},
-)
+class Proxy(fx.Proxy):
+    """fx records ``y += x`` as ``y = y + x``, and loses that whoever else holds y sees the sum; this one keeps it."""
 
 
-class _Tracer(fx.Tracer):
+for _function in INPLACE:
+    setattr(Proxy, f"__{_function.__name__}__", _augmented(_function))
+
+
+class Tracer(fx.Tracer):
     """Keeps the `around`, `use` and `results` of a `Recording`, and which module failed first."""
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class _Tracer(fx.Tracer):
         self._uses: Counter[str] = Counter()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return is_layer(m) or super().is_leaf_module(m, module_qualified_name)
@@ -139,7 +140,7 @@ def _evaluation(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _trace(tracer: _Tracer, root: torch.nn.Module) -> fx.Graph:
+def _trace(tracer: Tracer, root: torch.nn.Module) -> fx.Graph:
     parameters = list(inspect.signature(root.forward).parameters.values())[1:]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:

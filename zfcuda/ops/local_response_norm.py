@@ -26,8 +26,8 @@ __all__ = ["local_response_norm"]
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     r"""Divide each value by its neighbourhood across channels, as the paper's contrast normalisation does.
 
-    .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{size} \sum_{j = c - \lfloor size/2 \rfloor}
-              ^{c + \lfloor (size-1)/2 \rfloor} x_j^2\Big)^{\beta}
+    .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{n} \sum_{j = c - \lfloor n/2 \rfloor}
+              ^{c + \lfloor (n-1)/2 \rfloor} x_j^2\Big)^{\beta}, \quad n = \mathrm{size}
 
     Parameters
     ----------

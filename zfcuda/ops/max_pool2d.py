@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, flag, memory_format, pair, tensor
-from zfcuda.ops._pool import Window
+from zfcuda.ops._common import NAMESPACE, dense, empty, flag, memory_format, pair, tensor
+from zfcuda.ops._pool import Window, pool
 from zfcuda.ops.max_unpool2d import unpool
 
 __all__ = ["max_pool2d"]
@@ -26,7 +25,7 @@ def max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     r"""Maximum of each window, and where it was: the *switches* of section 2.1 of the paper.
 
-    .. math:: y_{oy,ox} = \max_{i,j} x_{oy \, s_h - p_h + i \, d_h,\; ox \, s_w - p_w + j \, d_w}
+    .. math:: y[r, c] = \max_{i, j}\; x[r \, s_h - p_h + i \, d_h,\; c \, s_w - p_w + j \, d_w]
 
     Parameters
     ----------
@@ -65,13 +64,10 @@ def max_pool2d(
     )
 
 
-def _allocate(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor, torch.memory_format]:
-    check_tensor("input", input)
-    window.check()
-    window.check_input("input", input.shape[2:], ceil_mode)
-    size = [*input.shape[:2], *window.pooled_size(input.shape[2:], ceil_mode)]
-    layout = memory_format(input)
-    return empty(input, size, layout), empty(input, size, layout, torch.uint8), layout
+def allocate(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    """Maxima and switches, uninitialised."""
+    size, layout = window.pooled_shape(input, ceil_mode), memory_format(input)
+    return empty(input, size, layout), empty(input, size, layout, torch.uint8)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::max_pool2d", mutates_args=())
@@ -84,11 +80,9 @@ def _max_pool2d(
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
     window = Window(kernel_size, stride, padding, dilation)
-    output, switches, layout = _allocate(input, window, ceil_mode)
-    if output.numel():
-        shape = window.shape(input.shape, output.shape, layout)
-        core.run("max_pool2d", input, shape, core.DTYPES[input.dtype], dense(input, layout), output, switches)
-    return output, switches
+    results = allocate(input, window, ceil_mode)
+    pool(input, window, False, *results)
+    return results
 
 
 @_max_pool2d.register_fake
@@ -100,7 +94,7 @@ def _(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)[:2]
+    return allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

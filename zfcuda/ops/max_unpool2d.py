@@ -48,7 +48,7 @@ def max_unpool2d(
     Returns
     -------
     Tensor
-        (batch, channels, *output_size) in the input's memory format. Deterministic.
+        (batch, channels, output height, output width) in the input's memory format. Deterministic.
 
     Raises
     ------
@@ -79,20 +79,30 @@ def max_unpool2d(
     )
 
 
-def _check(input: Tensor, switches: Tensor, window: Window, output_size: Sequence[int] | None) -> list[int]:
-    """The whole shape of the result."""
-    check_tensor("input", input)
-    window.check()
-    check_switches(switches, input, input.shape, "the input's shape")
+def unpooled_shape(
+    name: str,
+    input: Tensor,
+    switches: Tensor,
+    window: Window,
+    output_size: Sequence[int] | None,
+    prefix: str = "",
+) -> list[int]:
+    """The whole shape of the unpooled ``input``, the argument called ``name``, after every check.
+
+    The names of the pool's arguments begin with ``prefix``.
+    """
+    check_tensor(name, input)
+    window.check(prefix)
+    check_switches(switches, input, input.shape, f"the shape of {name}")
     default = [*input.shape[:2], *window.unpooled_size(input.shape[2:])]
     size = default if output_size is None else [*input.shape[:2], *output_size[-2:]]
     valid = output_size is None or len(output_size) == 2 or (len(output_size) == 4 and list(output_size) == size)
     if not valid or min(size[2:]) < 1 or not _could_be_pooled(window, size[2:], list(input.shape[2:])):
+        arguments = ", ".join(f"{prefix}{key}={tuple(value)}" for key, value in window._asdict().items())
         raise RuntimeError(
-            f"output_size is {tuple(size if output_size is None else output_size)}; it must be a (height, width) or "
-            f"the whole shape of a tensor whose pool with kernel_size={tuple(window.kernel_size)}, "
-            f"stride={tuple(window.stride)}, padding={tuple(window.padding)}, dilation={tuple(window.dilation)} has "
-            f"the input's shape {tuple(input.shape)}, such as {tuple(default)}"
+            f"{prefix}output_size is {tuple(size if output_size is None else output_size)}; it must be a (height, "
+            f"width) or the whole shape of a tensor whose pool with {arguments} has the shape {tuple(input.shape)} of "
+            f"{name}, such as {tuple(default)}"
         )
     return size
 
@@ -106,7 +116,7 @@ def _could_be_pooled(window: Window, size: list[int], pooled: list[int]) -> bool
     )
 
 
-def _check_values(switches: Tensor, shape: tuple[int, ...], window: Window, size: Sequence[int]) -> None:
+def check_switch_values(switches: Tensor, shape: tuple[int, ...], window: Window, size: Sequence[int]) -> None:
     """Raise RuntimeError at the first switch that points out of its window or out of the output."""
     if switches.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -139,14 +149,14 @@ def unpool(
     check_values: bool,
 ) -> Tensor:
     window = Window(kernel_size, stride, padding, dilation)
-    size = _check(input, switches, window, output_size)
+    size = unpooled_shape("input", input, switches, window, output_size)
     layout = memory_format(input)
     if not input.numel():
         return empty(input, size, layout)
     shape = window.shape(size, input.shape, layout)
     switches = dense(switches, layout)
     if check_values:
-        _check_values(switches, shape, window, size)
+        check_switch_values(switches, shape, window, size)
     output = empty(input, size, layout)
     dtype = core.DTYPES[input.dtype]
     core.run("max_unpool2d", input, shape, dtype, overwrite, dense(input, layout), switches, output)
@@ -165,7 +175,8 @@ def _(
     overwrite: bool,
     check_values: bool,
 ) -> Tensor:
-    size = _check(input, switches, Window(kernel_size, stride, padding, dilation), output_size)
+    window = Window(kernel_size, stride, padding, dilation)
+    size = unpooled_shape("input", input, switches, window, output_size)
     return empty(input, size, memory_format(input))
 
 
@@ -178,15 +189,13 @@ def gather(
     padding: Sequence[int],
     dilation: Sequence[int],
     overwrite: bool,
+    check_values: bool,
 ) -> Tensor:
-    """The transpose of unpooling, private: its switches have been through :func:`unpool`."""
-    layout = memory_format(unpooled)
-    pooled = empty(unpooled, switches.shape, layout)
-    if pooled.numel():
-        shape = Window(kernel_size, stride, padding, dilation).shape(unpooled.shape, pooled.shape, layout)
-        dtype = core.DTYPES[unpooled.dtype]
-        tensors = dense(unpooled, layout), dense(switches, layout), pooled
-        core.run("switch_gather", unpooled, shape, dtype, overwrite, *tensors)
+    """The transpose of unpooling."""
+    window = Window(kernel_size, stride, padding, dilation)
+    check_gathered(unpooled, switches, window)
+    pooled = empty(unpooled, switches.shape, memory_format(unpooled))
+    run_gather(unpooled, switches, window, overwrite, check_values, pooled)
     return pooled
 
 
@@ -199,8 +208,36 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     overwrite: bool,
+    check_values: bool,
 ) -> Tensor:
+    check_gathered(unpooled, switches, Window(kernel_size, stride, padding, dilation))
     return empty(unpooled, switches.shape, memory_format(unpooled))
+
+
+def check_gathered(unpooled: Tensor, switches: Tensor, window: Window) -> None:
+    """Raise RuntimeError unless the switches are those of a pool of something of the size of ``unpooled``."""
+    check_tensor("input", unpooled)
+    window.check()
+    height, width = unpooled.shape[2:]
+    pooled = list(switches.shape[-2:])
+    if switches.dim() != 4 or not _could_be_pooled(window, [height, width], pooled):
+        pooled = window.pooled_size((height, width), False)
+    check_switches(switches, unpooled, [*unpooled.shape[:2], *pooled], "that of the pool of the input")
+
+
+def run_gather(
+    unpooled: Tensor, switches: Tensor, window: Window, overwrite: bool, check_values: bool, pooled: Tensor
+) -> None:
+    """``switch_gather`` of csrc/ops.h into a checked tensor of the input's memory format."""
+    if not pooled.numel():
+        return
+    layout = memory_format(unpooled)
+    shape = window.shape(unpooled.shape, pooled.shape, layout)
+    switches = dense(switches, layout)
+    if check_values:
+        check_switch_values(switches, shape, window, unpooled.shape)
+    tensors = dense(unpooled, layout), switches, pooled
+    core.run("switch_gather", unpooled, shape, core.DTYPES[unpooled.dtype], overwrite, *tensors)
 
 
 def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -210,18 +247,18 @@ def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _unpool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
-    return gather(grad, switches, *ctx.window, ctx.overwrite), *(None,) * 8
+    return gather(grad, switches, *ctx.window, ctx.overwrite, False), *(None,) * 8
 
 
 def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    unpooled, switches, *ctx.window, ctx.overwrite = inputs
+    unpooled, switches, *ctx.window, ctx.overwrite, _ = inputs
     ctx.size = unpooled.shape[2:]
     ctx.save_for_backward(switches)
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
-    return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 6
+    return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 7
 
 
 unpool.register_autograd(_unpool_backward, setup_context=_unpool_setup_context)

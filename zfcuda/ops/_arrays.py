@@ -1,0 +1,100 @@
+"""NumPy's, CuPy's and other libraries' arrays as arguments, by DLPack: no copy in, no copy out."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+__all__ = ["accept_arrays", "on_arrays"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def accept_arrays(function: Function) -> Function:
+    """Let ``function`` take arrays in the place of all its tensors, and return arrays of the same kind."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], Tensor):
+            return function(*args, **kwargs)
+        arguments = (*args, *kwargs.values())
+        if has_torch_function(arguments):
+            return handle_torch_function(call, arguments, *args, **kwargs)
+        if any(isinstance(a, Tensor) for a in arguments):
+            return function(*args, **kwargs)
+        return on_arrays(function, args, kwargs)
+
+    return cast(Function, call)
+
+
+def on_arrays(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``function``, of whose arguments none is a tensor, with tensors in the place of arrays.
+
+    It then returns arrays of the kind of the first one. Without any the call is an ordinary one, and will be refused.
+
+    Raises
+    ------
+    TypeError
+        If arrays of two kinds meet, or an array cannot be a tensor.
+    """
+    first = next((a for a in (*args, *kwargs.values()) if _is_array(a)), None)
+    if first is None:
+        return function(*args, **kwargs)
+    kind = type(first)
+    writes = function.__name__.endswith("_")
+    tensors = [_with_tensors(a, kind, writes) for a in args]
+    named = {name: _with_tensors(a, kind, writes or name == "out") for name, a in kwargs.items()}
+    results = function(*tensors, **named)
+    return tuple(_array(r, first) for r in results) if isinstance(results, tuple) else _array(results, first)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__dlpack__") and not isinstance(value, (Tensor, np.generic))
+
+
+def _with_tensors(value: Any, kind: type, written: bool) -> Any:
+    """An argument, with a tensor for an array; ``written`` forbids that it is a copy."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_with_tensors(v, kind, written) for v in value)
+    if not _is_array(value):
+        return value
+    if type(value) is not kind:
+        raise TypeError(f"an argument is a {_name(type(value))}, another a {_name(kind)}; give arrays of one library")
+    try:
+        # Such as image[..., ::-1], which ends the process within torch.
+        if any(step < 0 for step in getattr(value, "strides", None) or ()):
+            raise BufferError("it has negative strides")
+        return torch.from_dlpack(value)
+    except BufferError as error:
+        return _copied(value, error, written)
+
+
+def _copied(array: Any, reason: BufferError, written: bool) -> Tensor:
+    """What has strides or a byte order that torch does not know, or may not be written to, in memory of its own."""
+    if written:
+        raise TypeError(f"an array is to be written into, but {reason}; give one that torch can share memory with")
+    try:
+        return torch.from_dlpack(array.astype(array.dtype.newbyteorder("="), copy=True))
+    except BufferError as error:
+        raise TypeError(f"an array of dtype {array.dtype} cannot be a tensor: {error}") from error
+
+
+def _array(tensor: Tensor, like: Any) -> Any:
+    """The tensor's memory, as an array of the kind of ``like``."""
+    if isinstance(like, np.ndarray):
+        return tensor.numpy()  # NumPy takes older versions of DLPack for memory that it may not write to
+    library = importlib.import_module(type(like).__module__.partition(".")[0])
+    if hasattr(like, "__array_namespace__"):
+        library = like.__array_namespace__()
+    return library.from_dlpack(tensor)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,75 @@
+"""The convention of ``out=``: results are written into the caller's tensors, which must fit exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zfcuda.ops._common import check_device, check_shape, tensor
+
+
+def outputs(out: Any, count: int) -> list[Tensor]:
+    """``out`` as a list of ``count`` tensors.
+
+    Raises
+    ------
+    TypeError
+        If it is not one tensor, or a tuple or list of ``count`` > 1 of them.
+    """
+    if count == 1:
+        return [tensor("out", out)]
+    if not isinstance(out, (tuple, list)) or len(out) != count:
+        raise TypeError(f"out is a {type(out).__name__}; it must be a tuple of {count} tensors")
+    return [tensor(f"out[{i}]", value) for i, value in enumerate(out)]
+
+
+def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError if autograd would have to record what is written into ``out``, as torch does."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"zfcuda.ops.{name} with out= is not differentiable, but one of its tensors requires grad: leave out= "
+            "away, or call it under torch.no_grad()"
+        )
+
+
+def check_out(
+    name: str, out: Tensor, like: Tensor, size: Sequence[int], layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    """Raise RuntimeError unless ``out`` is what the operator would have allocated: shape, dtype, device, layout."""
+    if out.dtype != dtype:
+        raise RuntimeError(f"{name} has dtype {out.dtype}; it must be {dtype}")
+    check_shape(name, out, size, "the result's shape")
+    check_device(name, out, like)
+    if not out.is_contiguous(memory_format=layout):
+        raise RuntimeError(
+            f"{name} has strides {out.stride()}; it must be dense in the memory format of the first argument: allocate "
+            f"it with memory_format={layout}"
+        )
+
+
+def check_pooled_out(
+    output: Tensor, switches: Tensor, like: Tensor, size: Sequence[int], layout: torch.memory_format
+) -> None:
+    """:func:`check_out` for the results of a pool."""
+    check_out("out[0]", output, like, size, layout, like.dtype)
+    check_out("out[1]", switches, like, size, layout, torch.uint8)
+
+
+def check_apart(outs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
+    """Raise RuntimeError if an output shares memory with another one or with an input."""
+    seen = {name: _extent(value) for name, value in inputs.items() if value is not None and value.numel()}
+    for name, value in outs.items():
+        begin, end = _extent(value)
+        for other, (from_, to) in seen.items():
+            if value.numel() and begin < to and from_ < end:
+                raise RuntimeError(f"{name} shares memory with {other}; it must have its own: allocate it anew")
+        seen[name] = begin, end
+
+
+def _extent(value: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor's elements lie."""
+    last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()

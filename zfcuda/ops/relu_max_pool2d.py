@@ -1,0 +1,161 @@
+"""ReLU and max-pooling in one pass, with switches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zfcuda.ops._common import NAMESPACE, dense, flag, memory_format, pair, tensor
+from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
+from zfcuda.ops._pool import Window, pool
+from zfcuda.ops.max_pool2d import allocate
+from zfcuda.ops.max_unpool2d import unpool
+
+__all__ = ["relu_max_pool2d"]
+
+
+def relu_max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Rectify, then the maximum of each window and where it was (sections 2 and 2.1 of the paper).
+
+    .. math:: y_{oy,ox} = \max_{i,j} \max(0,\; x_{oy \, s_h - p_h + i \, d_h,\; ox \, s_w - p_w + j \, d_w})
+
+    Exactly ``max_pool2d(input.relu(), …)``, switches included, in one pass that writes no rectified map.
+
+    Parameters
+    ----------
+    input
+        (batch, channels, height, width), float32 or float64, any strides.
+    kernel_size, stride, padding, dilation, ceil_mode
+        As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
+        positions.
+    out
+        Where to write the results: a pair of tensors as they would be returned, dense in the input's memory
+        format. Not differentiable.
+
+    Returns
+    -------
+    output, switches
+        The maxima, and for each the position i · kernel_w + j within its window as uint8; both have the
+        input's memory format. Of equal maxima the first in row-major order counts, so a window without a
+        positive value has its first position inside the input as switch; of NaN, which wins over every
+        number, the last.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong Python type.
+    RuntimeError
+        If a tensor or a size is impossible, or ``out`` does not fit or meets a tensor that requires grad; the
+        message names the argument and its value.
+
+    Notes
+    -----
+    Differentiable any number of times with respect to ``input``; output and switches are kept for it. As in
+    torch the gradient is 0 where the output is 0, and passes at NaN.
+    """
+    kernel = pair("kernel_size", kernel_size)
+    arguments = (
+        tensor("input", input),
+        kernel,
+        kernel if stride is None else pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+        flag("ceil_mode", ceil_mode),
+    )
+    if out is None:
+        return _relu_max_pool2d(*arguments)
+    output, switches = outputs(out, 2)
+    refuse_gradients("relu_max_pool2d", input, output)
+    _relu_max_pool2d_out(*arguments, output, switches)
+    return output, switches
+
+
+@torch.library.custom_op(f"{NAMESPACE}::relu_max_pool2d", mutates_args=())
+def _relu_max_pool2d(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    window = Window(kernel_size, stride, padding, dilation)
+    results = allocate(input, window, ceil_mode)
+    pool(input, window, True, *results)
+    return results
+
+
+@_relu_max_pool2d.register_fake
+def _(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    return allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::relu_max_pool2d_out", mutates_args=("output", "switches"))
+def _relu_max_pool2d_out(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    output: Tensor,
+    switches: Tensor,
+) -> None:
+    window = Window(kernel_size, stride, padding, dilation)
+    size = window.pooled_shape(input, ceil_mode)
+    check_pooled_out(output, switches, input, size, memory_format(input))
+    check_apart({"out[0]": output, "out[1]": switches}, {"input": input})
+    pool(input, window, True, output, switches)
+
+
+@_relu_max_pool2d_out.register_fake
+def _(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    output: Tensor,
+    switches: Tensor,
+) -> None:
+    size = Window(kernel_size, stride, padding, dilation).pooled_shape(input, ceil_mode)
+    check_pooled_out(output, switches, input, size, memory_format(input))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, *ctx.window, _ = inputs
+    ctx.input_size = input.shape[2:]
+    ctx.save_for_backward(*output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 6
+    output, switches = ctx.saved_tensors
+    passed = dense(grad_output.masked_fill(output.detach() <= 0, 0), memory_format(switches))
+    # The switches come from the pool itself, so nobody needs to check them.
+    return unpool(passed, switches, *ctx.window, ctx.input_size, False, False), *(None,) * 5
+
+
+_relu_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
