@@ -144,6 +144,19 @@ def max_unpool2d(
     return output.unflatten(2, (height, width))
 
 
+def switch_gather(
+    input: Tensor,
+    switches: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.switch_gather`."""
+    indices = switches_to_indices(switches, input.shape[2:], kernel_size, stride, padding, dilation)
+    return input.flatten(2).gather(2, indices.flatten(2)).view(switches.shape)
+
+
 def switches_to_indices(
     switches: Tensor,
     input_size: Sequence[int],

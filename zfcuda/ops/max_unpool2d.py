@@ -178,15 +178,13 @@ def gather(
     padding: Sequence[int],
     dilation: Sequence[int],
     overwrite: bool,
+    check_values: bool,
 ) -> Tensor:
-    """The transpose of unpooling, private: its switches have been through :func:`unpool`."""
-    layout = memory_format(unpooled)
-    pooled = empty(unpooled, switches.shape, layout)
-    if pooled.numel():
-        shape = Window(kernel_size, stride, padding, dilation).shape(unpooled.shape, pooled.shape, layout)
-        dtype = core.DTYPES[unpooled.dtype]
-        tensors = dense(unpooled, layout), dense(switches, layout), pooled
-        core.run("switch_gather", unpooled, shape, dtype, overwrite, *tensors)
+    """The transpose of unpooling."""
+    window = Window(kernel_size, stride, padding, dilation)
+    check_gathered(unpooled, switches, window)
+    pooled = empty(unpooled, switches.shape, memory_format(unpooled))
+    run_gather(unpooled, switches, window, overwrite, check_values, pooled)
     return pooled
 
 
@@ -199,8 +197,36 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     overwrite: bool,
+    check_values: bool,
 ) -> Tensor:
+    check_gathered(unpooled, switches, Window(kernel_size, stride, padding, dilation))
     return empty(unpooled, switches.shape, memory_format(unpooled))
+
+
+def check_gathered(unpooled: Tensor, switches: Tensor, window: Window) -> None:
+    """Raise RuntimeError unless the switches are those of a pool of something of the size of ``unpooled``."""
+    check_tensor("input", unpooled)
+    window.check()
+    height, width = unpooled.shape[2:]
+    pooled = list(switches.shape[-2:])
+    if switches.dim() != 4 or not _could_be_pooled(window, [height, width], pooled):
+        pooled = window.pooled_size((height, width), False)
+    check_switches(switches, unpooled, [*unpooled.shape[:2], *pooled], "that of the pool of the input")
+
+
+def run_gather(
+    unpooled: Tensor, switches: Tensor, window: Window, overwrite: bool, check_values: bool, pooled: Tensor
+) -> None:
+    """``switch_gather`` of csrc/ops.h into a checked tensor of the input's memory format."""
+    if not pooled.numel():
+        return
+    layout = memory_format(unpooled)
+    shape = window.shape(unpooled.shape, pooled.shape, layout)
+    switches = dense(switches, layout)
+    if check_values:
+        _check_values(switches, shape, window, unpooled.shape)
+    tensors = dense(unpooled, layout), switches, pooled
+    core.run("switch_gather", unpooled, shape, core.DTYPES[unpooled.dtype], overwrite, *tensors)
 
 
 def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -210,18 +236,18 @@ def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 def _unpool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
-    return gather(grad, switches, *ctx.window, ctx.overwrite), *(None,) * 8
+    return gather(grad, switches, *ctx.window, ctx.overwrite, False), *(None,) * 8
 
 
 def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    unpooled, switches, *ctx.window, ctx.overwrite = inputs
+    unpooled, switches, *ctx.window, ctx.overwrite, _ = inputs
     ctx.size = unpooled.shape[2:]
     ctx.save_for_backward(switches)
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
-    return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 6
+    return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 7
 
 
 unpool.register_autograd(_unpool_backward, setup_context=_unpool_setup_context)
