@@ -102,6 +102,7 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     m.def("find_invalid_switch", &find_invalid_switch, nogil());
     m.def("local_response_norm", &local_response_norm, nogil());
     m.def("local_response_norm_gradient", &local_response_norm_gradient, nogil());
+    m.def("renormalize_filters", &renormalize_filters, nogil());
     m.def("window_deconv2d_packed", &window_deconv2d_packed);
     m.def("window_deconv2d_pack", &window_deconv2d_pack, nogil());
     m.def("window_deconv2d_workspace", &window_deconv2d_workspace);

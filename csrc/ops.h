@@ -94,6 +94,11 @@ void local_response_norm_gradient(const NormShape& shape, Dtype dtype, double al
                                   double k, Address input, Address grad_output, Address grad_input,
                                   const Exec& exec);
 
+// Every filter, `size` neighbouring numbers, whose root mean square exceeds max_rms is scaled back
+// to it, in place. A filter that is not finite is left alone.
+void renormalize_filters(std::int64_t filters, std::int64_t size, Dtype dtype, double max_rms,
+                         Address weight, const Exec& exec);
+
 // One step of a receptive-field-local projection, all windows at once:
 //
 //   maps  = pooled() ? unpool(signal, switches) : signal       overlaps summed

@@ -19,7 +19,7 @@ from zfcuda.demo import Recipe, Sizes, data, run, strongest
 from zfcuda.demo.baseline import colour_statistics
 from zfcuda.demo.first_layer import typical_patches
 from zfcuda.demo.folder import Stages, write
-from zfcuda.demo.training import Training, augment, narrow_zfnet, renormalise, train
+from zfcuda.demo.training import Training, augment, narrow_zfnet, train
 
 TINY = Recipe(steps=6, size=64, widths=(6, 8, 8, 8, 8), fc_width=16, crops=2)
 FEW = Sizes(train=48, held_out=32, baseline=48, mined=(128,))
@@ -82,13 +82,6 @@ def test_augmentation_keeps_grey_grey_and_mean_colours_zero():
     grey = crops.mean(1, keepdim=True).expand_as(crops)
     changed = augment(grey, draw)
     torch.testing.assert_close(changed, changed.mean(1, keepdim=True).expand_as(changed))
-
-
-def test_renormalised_filters_keep_their_direction_and_small_ones_their_size():
-    filters = torch.cat([torch.full((1, 3, 7, 7), 0.5), torch.full((1, 3, 7, 7), 0.05), torch.zeros(1, 3, 7, 7)])
-    renormalise(filters, 0.1)
-    torch.testing.assert_close(filters.square().mean((1, 2, 3)).sqrt(), torch.tensor([0.1, 0.05, 0.0]))
-    assert (filters >= 0).all()
 
 
 def test_layer_1_starts_at_what_the_crops_consist_of():

@@ -182,6 +182,16 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     return torch.stack(maps, 1)
 
 
+def renormalize_filters_(weight: Tensor, max_rms: float) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.renormalize_filters_`."""
+    with torch.no_grad():
+        for i in range(len(weight)):
+            rms = weight[i].square().mean().sqrt()
+            if max_rms < rms < torch.inf:
+                weight[i] *= max_rms / rms
+    return weight
+
+
 def window_deconv2d(
     signal: Tensor,
     weight: Tensor,

@@ -26,9 +26,13 @@ WRITTEN = {
     "local_response_norm_gradient": {7: True},
     "window_deconv2d_pack": {3: True},
     "window_deconv2d": {8: True, 9: False},
+    "renormalize_filters": {4: False},
     "crop_windows": {4: True},
     "map_maximum": {5: True, 6: True},
 }
+
+#: Those that it reads first and need not write: they hold values on entry, the same in each order.
+UPDATED = {"renormalize_filters": 4}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,11 @@ def configure(controls: ctypes.CDLL, order: Order, arch: int) -> None:
     controls.zf_simt_configure(order.kind, order.seed, order.preempt, arch)
 
 
-def register(controls: ctypes.CDLL, address: int, nbytes: int, writable: bool, name: str) -> None:
-    """Let kernels read ``nbytes`` at ``address``; a writable tensor is uninitialised at first."""
-    controls.zf_simt_register(address, nbytes, writable, name.encode())
+def register(
+    controls: ctypes.CDLL, address: int, nbytes: int, writable: bool, name: str, updated: bool = False
+) -> None:
+    """Let kernels read ``nbytes`` at ``address``; a writable tensor is uninitialised at first, unless ``updated``."""
+    controls.zf_simt_register(address, nbytes, writable, updated, name.encode())
 
 
 class Address(int):
@@ -90,10 +96,14 @@ class Emulator:
     def _run(self, function: str, call: Any, arguments: tuple[Any, ...]) -> None:
         first: dict[int, bytes] = {}
         written = {i: whole for i, whole in WRITTEN[function].items() if isinstance(arguments[i], Address)}
+        updated = UPDATED.get(function)
+        before = b"" if updated is None else ctypes.string_at(arguments[updated], arguments[updated].nbytes)
         with self.lock:
             for name in self.orders:
+                if updated is not None:
+                    ctypes.memmove(arguments[updated], before, len(before))
                 self._checked(function, call, arguments, written, ORDERS[name])
-                for i in (i for i, whole in written.items() if whole):
+                for i in (i for i, whole in written.items() if whole or i == updated):
                     result = ctypes.string_at(arguments[i], arguments[i].nbytes)
                     if first.setdefault(i, result) != result:
                         raise RuntimeError(f"emulator: argument {i} of {function} depends on the order of the threads")
@@ -103,7 +113,8 @@ class Emulator:
     ) -> None:
         for i, argument in enumerate(arguments):
             if isinstance(argument, Address):
-                register(self.controls, argument, argument.nbytes, i in written, f"argument {i} of {function}")
+                name, updated = f"argument {i} of {function}", i == UPDATED.get(function)
+                register(self.controls, argument, argument.nbytes, i in written, name, updated)
         try:
             configure(self.controls, order, self.arch)
             call(*arguments)

@@ -64,13 +64,17 @@ void check_global(std::uintptr_t address, unsigned bytes, Access access, const v
 }
 
 // For the tests: registers [address, address + bytes) for the launches to come. What is writable
-// holds nothing yet.
+// holds nothing yet, unless it is to be updated: then the host has written it.
 extern "C" __attribute__((visibility("default"))) void zf_simt_register(std::uintptr_t address,
                                                                         std::size_t bytes,
-                                                                        int writable,
+                                                                        int writable, int updated,
                                                                         const char* name) {
     Region region{address, address + bytes, !writable, name, {}};
-    if (kChecked && writable && bytes > 0) region.shadow.map(region.begin, region.end);
+    if (kChecked && writable && bytes > 0) {
+        region.shadow.map(region.begin, region.end);
+        for (std::size_t i = 0; updated && i < region.shadow.bytes / 4; ++i)
+            region.shadow.words[i].write.run = 1;
+    }
     regions.push_back(std::move(region));
 }
 

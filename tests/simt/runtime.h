@@ -58,7 +58,8 @@ void suspend(Fiber& fiber);  // called by the fiber: back to the scheduler
 
 // ---- the moment of an access (scheduler.cpp, shadow.cpp)
 
-// Who accessed, where in the code, and when. `run` numbers blocks over all launches, `key` is
+// Who accessed, where in the code, and when. `run` numbers blocks over all launches (1 stands for
+// the host), `key` is
 // block epoch (24 bits), warp epoch (24), thread (10), flags (6).
 struct Stamp {
     std::uint32_t run, pc;
@@ -87,8 +88,8 @@ struct WarpClock {
 
 struct Moment {
     bool in_kernel = false;
-    std::uint32_t first_run = 1;  // of this launch
-    Stamp stamp = {};             // of the running thread; pc is filled in by each access
+    std::uint32_t first_run = 2;  // of this launch
+    Stamp stamp = {1, 0, 0};      // of the running thread; pc is filled in by each access
     const WarpClock* warp = nullptr;
     int countdown = 0;  // accesses until the next preemption
 };

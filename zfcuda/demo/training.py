@@ -18,6 +18,7 @@ from zfcuda.demo.data import TURNS, labels, normalise, turn
 from zfcuda.demo.first_layer import typical_patches
 from zfcuda.demo.folder import Stages
 from zfcuda.models import ZFNet, zfnet
+from zfcuda.ops import renormalize_filters_
 
 CHECKPOINT_EVERY = 50  # steps
 
@@ -88,7 +89,7 @@ class Training:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), recipe.norm)
         self.optimizer.step()
-        renormalise(self.net.get_parameter("conv1.weight"), recipe.filter_rms)
+        renormalize_filters_(self.net.get_parameter("conv1.weight"), recipe.filter_rms)
         self.loss = loss.item() if self.step == 0 else 0.98 * self.loss + 0.02 * loss.item()
         self.step += 1
 
@@ -144,13 +145,6 @@ def augment(crops: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     quarter = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # a turn about the grey axis
     colours = contrast * (grey + saturation * (angle.cos() * across + angle.sin() * quarter))
     return torch.einsum("nij,njhw->nihw", colours, mirrored)
-
-
-@torch.no_grad()
-def renormalise(filters: torch.Tensor, rms: float) -> None:
-    """Scale every filter whose root mean square exceeds `rms` back to it, in place."""
-    now = filters.square().mean((1, 2, 3), keepdim=True).sqrt()
-    filters.mul_((rms / now).clamp(max=1.0))
 
 
 def train(

@@ -8,6 +8,7 @@ from zfcuda.ops.map_maximum import map_maximum
 from zfcuda.ops.max_pool2d import max_pool2d
 from zfcuda.ops.max_unpool2d import max_unpool2d
 from zfcuda.ops.relu_max_pool2d import relu_max_pool2d
+from zfcuda.ops.renormalize_filters import renormalize_filters_
 from zfcuda.ops.switch_gather import switch_gather
 from zfcuda.ops.switches import indices_to_switches, switches_to_indices
 from zfcuda.ops.window_deconv2d import WindowDeconv2d, window_deconv2d
@@ -23,6 +24,7 @@ __all__ = [
     "max_pool2d",
     "max_unpool2d",
     "relu_max_pool2d",
+    "renormalize_filters_",
     "switch_gather",
     "switches_to_indices",
     "window_deconv2d",
