@@ -97,6 +97,8 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     m.def("conv2d_weight_gradient_workspace", &conv2d_weight_gradient_workspace);
     m.def("conv2d_weight_gradient", &conv2d_weight_gradient, nogil());
     m.def("max_pool2d", &max_pool2d, nogil());
+    m.def("conv2d_relu_max_pool2d_workspace", &conv2d_relu_max_pool2d_workspace);
+    m.def("conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d, nogil());
     m.def("max_unpool2d", &max_unpool2d, nogil());
     m.def("switch_gather", &switch_gather, nogil());
     m.def("find_invalid_switch", &find_invalid_switch, nogil());

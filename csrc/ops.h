@@ -70,6 +70,14 @@ void conv2d_weight_gradient(const ConvShape& shape, Dtype dtype, Gate gate, Addr
 void max_pool2d(const PoolShape& shape, Dtype dtype, bool relu, Address input, Address output,
                 Address switches, const Exec& exec);
 
+// max_pool2d(relu) of conv2d(image, weight, bias), whose maps never exist as a whole: `pool` is the
+// pool of the maps of `shape`, in the same layout.
+std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& shape, const PoolShape& pool,
+                                              Dtype dtype, const Exec& exec);
+void conv2d_relu_max_pool2d(const ConvShape& shape, const PoolShape& pool, Dtype dtype,
+                            Address image, Address weight, Address bias, Address output,
+                            Address switches, Address workspace, const Exec& exec);
+
 // The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the
 // shape, `unpooled` its input size. Where switches of several windows meet: their sum, or with
 // `overwrite` the value of the last window in row-major order.

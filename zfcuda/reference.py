@@ -39,6 +39,26 @@ def conv2d_relu(
     return _keep(maps, maps)
 
 
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Size,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    pool_ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.conv2d_relu_max_pool2d`."""
+    maps = conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    return max_pool2d(maps, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+
+
 def deconv2d(
     signal: Tensor,
     weight: Tensor,

@@ -10,29 +10,6 @@
 #include "convolution.h"
 
 namespace zfcuda {
-namespace {
-
-template <typename T>
-Pass<T> forward_pass(const ConvShape& s, const T* weight) {
-    const Axis rows =
-        forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
-    const Axis columns =
-        forward_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
-    const std::int64_t filter = s.in_per_group() * s.taps();
-    return {{s.image(), rows, columns, 0, s.in_per_group()},
-            s.maps(),
-            s.batch,
-            s.groups,
-            s.out_per_group(),
-            weight,
-            s.out_per_group() * filter,
-            filter,
-            s.taps(),
-            s.kernel_w};
-}
-
-}  // namespace
-
 std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {

@@ -26,6 +26,55 @@ struct Pass {
     }
 };
 
+// The pass of the forward convolution.
+template <typename T>
+Pass<T> forward_pass(const ConvShape& s, const T* weight) {
+    const Axis rows =
+        forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+    const Axis columns =
+        forward_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+    const std::int64_t filter = s.in_per_group() * s.taps();
+    return {{s.image(), rows, columns, 0, s.in_per_group()},
+            s.maps(),
+            s.batch,
+            s.groups,
+            s.out_per_group(),
+            weight,
+            s.out_per_group() * filter,
+            filter,
+            s.taps(),
+            s.kernel_w};
+}
+
+// The pass of one phase of the transposed convolution: image positions phase, phase + stride, ….
+template <typename T>
+Pass<T> phase_pass(const ConvShape& s, const T* weight, std::int64_t phase_y,
+                   std::int64_t phase_x) {
+    const Axis rows = transposed_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h,
+                                      s.padding_h, s.dilation_h, phase_y);
+    const Axis columns = transposed_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w,
+                                         s.padding_w, s.dilation_w, phase_x);
+    const std::int64_t filter = s.in_per_group() * s.taps();
+    return {{s.maps(), rows, columns, 0, s.out_per_group()},
+            s.image(),
+            s.batch,
+            s.groups,
+            s.in_per_group(),
+            weight,
+            s.out_per_group() * filter,
+            s.taps(),
+            filter,
+            s.kernel_w};
+}
+
+// body(pass) for each phase that has positions.
+template <typename T, typename Body>
+void for_phases(const ConvShape& s, const T* weight, Body&& body) {
+    for (std::int64_t y = 0; y < std::min(s.stride_h, s.in_height); ++y)
+        for (std::int64_t x = 0; x < std::min(s.stride_w, s.in_width); ++x)
+            body(phase_pass(s, weight, y, x));
+}
+
 // What happens to a sum before it is stored.
 template <typename T>
 struct Epilogue {
@@ -120,6 +169,20 @@ void multiply_block(const Taps<T>& taps, const Read& source, std::int64_t positi
     } while (k < depth);
 }
 
+// One block of a pass: positions from `position` on, columns from `column` on of one group, whose
+// taps and weight these are; `a` is the thread's scratch.
+template <typename T, typename Read>
+void run_block(const Pass<T>& pass, const Taps<T>& taps, const Read& source,
+               const Epilogue<T>& epilogue, const T* packed, std::int64_t group,
+               std::int64_t position, std::int64_t end, std::int64_t column, T* a) {
+    const std::int64_t rows = std::min(kPassRows, end - position);
+    const std::int64_t columns = std::min(kPassColumns<T>, pass.columns - column);
+    T* const tiles = a + kPassRows * gemm::kRowStride;
+    multiply_block(taps, source, position, rows, packed, gemm::padded_columns<T>(pass.columns),
+                   columns, a, tiles, column);
+    store_tiles(pass, epilogue, tiles, position, rows, group * pass.columns + column, columns);
+}
+
 // Runs a pass; `packed` has room for pass.packed_weight(), `scratch` for pass_scratch() a thread.
 template <typename T, typename Read>
 void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilogue, T* packed,
@@ -134,16 +197,11 @@ void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilog
             const std::int64_t column = unit % column_blocks * kPassColumns<T>;
             const std::int64_t group = unit / column_blocks % pass.groups;
             const std::int64_t position = unit / column_blocks / pass.groups * kPassRows;
-            const std::int64_t rows = std::min(kPassRows, positions - position);
-            const std::int64_t columns = std::min(kPassColumns<T>, pass.columns - column);
-            T* a = scratch + thread * pass_scratch<T>(pass.columns);
-            T* tiles = a + kPassRows * gemm::kRowStride;
             Taps<T> taps = pass.taps;
             taps.first_channel += group * taps.channels;
-            multiply_block(taps, source, position, rows, packed + group * depth * padded, padded,
-                           columns, a, tiles, column);
-            store_tiles(pass, epilogue, tiles, position, rows, group * pass.columns + column,
-                        columns);
+            run_block(pass, taps, source, epilogue, packed + group * depth * padded, group,
+                      position, positions, column,
+                      scratch + thread * pass_scratch<T>(pass.columns));
         });
 }
 

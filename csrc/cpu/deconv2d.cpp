@@ -16,38 +16,6 @@
 #include "scatter.h"
 
 namespace zfcuda {
-namespace {
-
-template <typename T>
-Pass<T> phase_pass(const ConvShape& s, const T* weight, std::int64_t phase_y,
-                   std::int64_t phase_x) {
-    const Axis rows = transposed_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h,
-                                      s.padding_h, s.dilation_h, phase_y);
-    const Axis columns = transposed_axis(s.in_width, s.out_width, s.kernel_w, s.stride_w,
-                                         s.padding_w, s.dilation_w, phase_x);
-    const std::int64_t filter = s.in_per_group() * s.taps();
-    return {{s.maps(), rows, columns, 0, s.out_per_group()},
-            s.image(),
-            s.batch,
-            s.groups,
-            s.in_per_group(),
-            weight,
-            s.out_per_group() * filter,
-            s.taps(),
-            filter,
-            s.kernel_w};
-}
-
-// body(pass) for each phase that has positions.
-template <typename T, typename Body>
-void for_phases(const ConvShape& s, const T* weight, Body&& body) {
-    for (std::int64_t y = 0; y < std::min(s.stride_h, s.in_height); ++y)
-        for (std::int64_t x = 0; x < std::min(s.stride_w, s.in_width); ++x)
-            body(phase_pass(s, weight, y, x));
-}
-
-}  // namespace
-
 std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
@@ -76,8 +44,12 @@ void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Addres
             const Pass<T> pass = scatter_pass(s, weight.as<const T>());
             T* packed = scratch + scatter_scratch<T>(s) * max_threads(exec);
             with_source<T>(gate, signal, forward, [&](const auto& source) {
-                run_scatter(s, pass, source, bias.as<const T>(), image.as<T>(), packed, scratch,
-                            exec);
+                const auto fill = [&](const Band<T>& band, std::int64_t n, std::int64_t group,
+                                      T* own) {
+                    fill_band(band, pass, source, packed, n, group, own);
+                };
+                run_scatter(s, pass, bias.as<const T>(), image.as<T>(), packed, scratch,
+                            scatter_scratch<T>(s), exec, fill);
             });
             return;
         }

@@ -37,7 +37,7 @@ struct Lanes {
         Value value = Value{} + other;
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4)
-            if (lanes < count)
+            if (lanes != count)
                 return (Value)_mm512_mask_loadu_ps((__m512)value, __mmask16((1u << lanes) - 1),
                                                    from);
 #endif

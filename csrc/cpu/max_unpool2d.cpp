@@ -16,38 +16,11 @@
 //   unpool1 4.3   unpool2 1.8   unpool5 0.8   (torch: the backward pass of its pool)
 //   contiguous: 1.4, 1.5, 0.7
 // Lost: bytes widened to integers in one step, which is scalar code in GCC 12 (2-3 times slower).
-#include "lanes.h"
 #include "parallel.h"
+#include "unpool_rows.h"
 
 namespace zfcuda {
 namespace {
-
-// The windows along one dimension that contain position `at`, in increasing order: body(window,
-// tap) for window * stride - padding + tap * dilation == at.
-template <typename Body>
-void for_windows(std::int64_t at, std::int64_t count, std::int64_t kernel, std::int64_t stride,
-                 std::int64_t padding, std::int64_t dilation, Body&& body) {
-    const std::int64_t reach = at + padding - (kernel - 1) * dilation;
-    const std::int64_t first = reach > 0 ? (reach + stride - 1) / stride : 0;
-    for (std::int64_t window = first; window < count; ++window) {
-        const std::int64_t distance = at + padding - window * stride;
-        if (distance < 0) return;
-        if (distance % dilation == 0) body(window, distance / dilation);
-    }
-}
-
-// body(index, switch) for each window of plane (n, c) that contains (y, x), in row-major order.
-template <typename Body>
-void for_windows2d(const PoolShape& s, std::int64_t n, std::int64_t c, std::int64_t y,
-                   std::int64_t x, Body&& body) {
-    for_windows(y, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h,
-                [&](std::int64_t oy, std::int64_t i) {
-                    for_windows(x, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w,
-                                [&](std::int64_t ox, std::int64_t j) {
-                                    body(s.output().offset(n, c, oy, ox), i * s.kernel_w + j);
-                                });
-                });
-}
 
 struct Position {
     std::int64_t y, x;
@@ -97,30 +70,6 @@ void scatter_plane(const PoolShape& s, bool overwrite, const Distances& distance
         });
 }
 
-// The channels of one pixel of a channels_last tensor.
-template <typename T>
-void gather_pixel(const PoolShape& s, bool overwrite, std::int64_t n, std::int64_t y,
-                  std::int64_t x, const T* pooled, const std::uint8_t* switches, T* unpooled) {
-    using V = Lanes<T>;
-    std::int64_t windows[256], taps[256], count = 0;
-    for_windows2d(s, n, 0, y, x, [&](std::int64_t window, std::int64_t tap) {
-        windows[count] = window;
-        taps[count++] = tap;
-    });
-    T* pixel = unpooled + s.input().offset(n, 0, y, x);
-    for (std::int64_t c = 0; c < s.channels; c += V::count) {
-        const std::int64_t lanes = std::min<std::int64_t>(V::count, s.channels - c);
-        typename V::Value sum{};
-        for (std::int64_t i = 0; i < count; ++i) {
-            const typename V::Value value = V::load(pooled + windows[i] + c, lanes);
-            const typename V::Integer hit = V::load_bytes(switches + windows[i] + c, lanes) ==
-                                            static_cast<typename V::Int>(taps[i]);
-            sum = hit ? (overwrite ? value : sum + value) : sum;
-        }
-        V::store(pixel + c, sum, lanes);
-    }
-}
-
 // Whether a later window points to the position of the window `here`, (oy, ox).
 bool overwritten(const PoolShape& s, std::int64_t n, std::int64_t c, std::int64_t oy,
                  std::int64_t ox, std::int64_t here, const std::uint8_t* switches) {
@@ -155,9 +104,10 @@ void max_unpool2d(const PoolShape& s, Dtype dtype, bool overwrite, Address poole
         const auto* taps = switches.as<const std::uint8_t>();
         if (s.channels_last)
             return parallel_for(s.batch * s.in_height, exec, [&](std::int64_t row) {
-                for (std::int64_t x = 0; x < s.in_width; ++x)
-                    gather_pixel(s, overwrite, row / s.in_height, row % s.in_height, x, values,
-                                 taps, unpooled.as<T>());
+                const std::int64_t n = row / s.in_height, y = row % s.in_height;
+                T* const to = unpooled.as<T>() + s.input().offset(n, 0, y, 0);
+                const Unpool<T> unpool{s, Gate::none, overwrite, values, taps, nullptr};
+                unpool.rows(n, 0, s.channels, y, y + 1, to);
             });
         const Distances distances(s);
         parallel_for(s.batch * s.channels, exec, [&](std::int64_t plane) {

@@ -64,7 +64,7 @@ struct Best {
 
 // The taps of a window that lie inside, in row-major order: where they are, and their switches.
 struct TapList {
-    std::int64_t count;
+    std::int64_t count = 0;
     std::int64_t offset[256], tap[256];
 };
 

@@ -93,53 +93,69 @@ struct Band {
     }
 };
 
-// All products that reach a band, a block of positions at a time.
+// The rows [first, last) of the maps that reach the image rows [top, bottom).
+struct Reach {
+    std::int64_t first, last;
+
+    Reach(const ConvShape& s, std::int64_t top, std::int64_t bottom) {
+        const std::int64_t begin = top + s.padding_h - (s.kernel_h - 1) * s.dilation_h;
+        first = gemm::divide_up(std::max<std::int64_t>(begin, 0), s.stride_h);
+        last = std::min(s.out_height, (bottom - 1 + s.padding_h) / s.stride_h + 1);
+    }
+};
+
+// Adds the products of positions [position, end) of `taps`, a block at a time; row 0 of the taps is
+// row `first` of the maps.
 template <typename T, typename Read>
-void fill_band(const Band<T>& band, const Pass<T>& pass, const Read& source, const T* packed,
-               std::int64_t n, std::int64_t group, T* scratch) {
-    const ConvShape& s = band.s;
-    const std::int64_t reach = (s.kernel_h - 1) * s.dilation_h;
-    const std::int64_t begin = std::max<std::int64_t>(band.top + s.padding_h - reach, 0);
-    const std::int64_t first = gemm::divide_up(begin, s.stride_h);
-    const std::int64_t last =
-        std::min(s.out_height, (band.bottom - 1 + s.padding_h) / s.stride_h + 1);
-    const std::int64_t end = (n * s.out_height + last) * s.out_width, depth = pass.depth();
+void add_products(const Band<T>& band, const Pass<T>& pass, const Taps<T>& taps, const Read& source,
+                  const T* packed, std::int64_t position, std::int64_t end, std::int64_t first,
+                  T* scratch) {
     const std::int64_t padded = gemm::padded_columns<T>(pass.columns);
     T* const tiles = scratch + kPassRows * gemm::kRowStride;
     T* const products = scratch + pass_scratch<T>(pass.columns);
-    Taps<T> taps = pass.taps;
-    taps.first_channel += group * taps.channels;
-    for (std::int64_t position = (n * s.out_height + first) * s.out_width; position < end;
-         position += kPassRows) {
+    for (; position < end; position += kPassRows) {
         const std::int64_t rows = std::min(kPassRows, end - position);
-        multiply_block(taps, source, position, rows, packed + group * depth * padded, padded,
-                       pass.columns, scratch, tiles);
+        multiply_block(taps, source, position, rows, packed, padded, pass.columns, scratch, tiles);
         Cursor at(taps.rows, taps.columns, position);
         for (std::int64_t r = 0; r < rows; ++r, at.next()) {
             gemm::for_column_panels<T>(pass.columns, [&](std::int64_t j, std::int64_t width) {
                 const T* panel = tiles + gemm::tile_offset<T>(rows, r, j, width);
                 std::copy_n(panel, width, products + j);
             });
-            band.add(products, at.y, at.x);
+            band.add(products, first + at.y, at.x);
         }
     }
 }
 
-// Runs the whole transposed convolution; `scratch` has room for scatter_scratch() a thread.
+// All products that reach a band.
 template <typename T, typename Read>
-void run_scatter(const ConvShape& s, const Pass<T>& pass, const Read& source, const T* bias,
-                 T* image, T* packed, T* scratch, const Exec& exec) {
+void fill_band(const Band<T>& band, const Pass<T>& pass, const Read& source, const T* packed,
+               std::int64_t n, std::int64_t group, T* scratch) {
+    const Reach reach(band.s, band.top, band.bottom);
+    const std::int64_t image = n * band.s.out_height, width = band.s.out_width;
+    Taps<T> taps = pass.taps;
+    taps.first_channel += group * taps.channels;
+    add_products(band, pass, taps, source,
+                 packed + group * pass.depth() * gemm::padded_columns<T>(pass.columns),
+                 (image + reach.first) * width, (image + reach.last) * width, 0, scratch);
+}
+
+// Runs the whole transposed convolution. `fill(band, n, group, own)` adds the products of a band;
+// `own` is its thread's part of `scratch`, of `size`, which begins with scatter_scratch().
+template <typename T, typename Fill>
+void run_scatter(const ConvShape& s, const Pass<T>& pass, const T* bias, T* image, T* packed,
+                 T* scratch, std::int64_t size, const Exec& exec, Fill&& fill) {
     pack_weight(pass, packed, exec);
     const std::int64_t bands = gemm::divide_up(s.in_height, kBand);
     const std::int64_t planes = s.in_per_group() * kBand * s.in_width;
     parallel_for_thread(s.batch * s.groups * bands, exec, [&](std::int64_t unit, int thread) {
         const std::int64_t top = unit % bands * kBand, group = unit / bands % s.groups;
         const std::int64_t n = unit / bands / s.groups, channel = group * s.in_per_group();
-        T* const own = scratch + thread * scatter_scratch<T>(s);
+        T* const own = scratch + thread * size;
         const Band<T> band{s, top, std::min(top + kBand, s.in_height),
                            own + scatter_scratch<T>(s) - planes};
         band.fill(bias ? bias + channel : nullptr);
-        fill_band(band, pass, source, packed, n, group, own);
+        fill(band, n, group, own);
         band.store(image, n, channel);
     });
 }

@@ -36,8 +36,20 @@ __device__ PhaseTaps phase_taps(const TapAxis& axis, int phase) {
     return {count, first, (phase + axis.padding - first * axis.dilation) / axis.stride, pixels};
 }
 
+// Where an element of the source lies: image * n + channel * c + row * y + column * x.
+struct TapSteps {
+    std::int64_t image, channel, row, column;
+
+    ZF_HD std::int64_t offset(std::int64_t n, std::int64_t c, std::int64_t y,
+                              std::int64_t x) const {
+        return image * n + channel * c + row * y + column * x;
+    }
+};
+
 struct TapPlan {
-    Layout source, result;
+    int height, width;  // of the source
+    TapSteps steps;
+    Layout result;
     TapAxis y, x;
     std::int64_t batch;
     int groups, channels, columns;  // of the source and of the result, in a group
@@ -92,17 +104,20 @@ std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
 template <bool kTransposed>
 TapPlan tap_plan(const ConvShape& s, Dtype dtype, Gate gate) {
     TapPlan p = {};
-    p.source = kTransposed ? s.maps() : s.image();
+    const Layout source = kTransposed ? s.maps() : s.image();
+    p.steps = {source.step_image(), source.step_channel(), source.step_y(), source.step_x()};
     p.result = kTransposed ? s.image() : s.maps();
     p.y = tap_axis<kTransposed>(p.result.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
     p.x = tap_axis<kTransposed>(p.result.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
     p.batch = s.batch;
     p.groups = static_cast<int>(s.groups);
-    p.channels = static_cast<int>(p.source.channels / s.groups);
+    p.height = static_cast<int>(source.height);
+    p.width = static_cast<int>(source.width);
+    p.channels = static_cast<int>(source.channels / s.groups);
     p.columns = static_cast<int>(p.result.channels / s.groups);
     p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
     p.rectify = static_cast<int>(gate) & kRectify;
-    if (s.taps() * (p.source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
+    if (s.taps() * (source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
         throw std::runtime_error("zfcuda: a filter of a CUDA convolution has over 2^31 weights");
     return p;
 }

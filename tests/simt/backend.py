@@ -19,6 +19,7 @@ WRITTEN = {
     "deconv2d": {7: True, 8: False},
     "conv2d_weight_gradient": {6: True, 7: True, 8: False},
     "max_pool2d": {4: True, 5: True},
+    "conv2d_relu_max_pool2d": {6: True, 7: True, 8: False},
     "max_unpool2d": {5: True},
     "switch_gather": {5: True},
     "find_invalid_switch": {2: True},

@@ -1,6 +1,7 @@
 """The paper's operators on compiled CPU and CUDA kernels, with torch's argument names and order."""
 
 from zfcuda.ops.conv2d_relu import conv2d_relu
+from zfcuda.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from zfcuda.ops.crop_windows import crop_windows
 from zfcuda.ops.deconv2d import deconv2d
 from zfcuda.ops.local_response_norm import local_response_norm
@@ -16,6 +17,7 @@ from zfcuda.ops.window_deconv2d import WindowDeconv2d, window_deconv2d
 __all__ = [
     "WindowDeconv2d",
     "conv2d_relu",
+    "conv2d_relu_max_pool2d",
     "crop_windows",
     "deconv2d",
     "indices_to_switches",

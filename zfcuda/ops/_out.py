@@ -50,6 +50,14 @@ def check_out(
         )
 
 
+def check_pooled_out(
+    output: Tensor, switches: Tensor, like: Tensor, size: Sequence[int], layout: torch.memory_format
+) -> None:
+    """:func:`check_out` for the results of a pool."""
+    check_out("out[0]", output, like, size, layout, like.dtype)
+    check_out("out[1]", switches, like, size, layout, torch.uint8)
+
+
 def check_apart(outs: dict[str, Tensor], inputs: dict[str, Tensor | None]) -> None:
     """Raise RuntimeError if an output shares memory with another one or with an input."""
     seen = {name: _extent(value) for name, value in inputs.items() if value is not None and value.numel()}

@@ -28,18 +28,20 @@ class Window(NamedTuple):
     padding: Sequence[int]
     dilation: Sequence[int]
 
-    def check(self) -> None:
-        """Raise RuntimeError for arguments that no input makes sense of."""
-        check_at_least(1, kernel_size=self.kernel_size, stride=self.stride, dilation=self.dilation)
-        check_at_least(0, padding=self.padding)
+    def check(self, prefix: str = "") -> None:
+        """Raise RuntimeError for arguments, whose names begin with ``prefix``, that no input makes sense of."""
+        positive = {"kernel_size": self.kernel_size, "stride": self.stride, "dilation": self.dilation}
+        check_at_least(1, **{prefix + name: value for name, value in positive.items()})
+        check_at_least(0, **{prefix + "padding": self.padding})
         if self.kernel_size[0] * self.kernel_size[1] > MAX_WINDOW:
             raise RuntimeError(
-                f"kernel_size is {tuple(self.kernel_size)}; a window may have at most {MAX_WINDOW} positions, "
+                f"{prefix}kernel_size is {tuple(self.kernel_size)}; a window may have at most {MAX_WINDOW} positions, "
                 "for a switch is one byte: pool in two steps"
             )
         if any(2 * p > k for k, p in zip(self.kernel_size, self.padding, strict=True)):
             raise RuntimeError(
-                f"padding is {tuple(self.padding)}; it must be at most half of kernel_size={tuple(self.kernel_size)}"
+                f"{prefix}padding is {tuple(self.padding)}; it must be at most half of "
+                f"{prefix}kernel_size={tuple(self.kernel_size)}"
             )
 
     def pooled_size(self, size: Sequence[int], ceil_mode: bool) -> list[int]:
@@ -55,19 +57,19 @@ class Window(NamedTuple):
         """The smallest height and width whose pool without ``ceil_mode`` has height and width ``size``."""
         return [(n - 1) * s - 2 * p + (k - 1) * d + 1 for n, k, s, p, d in zip(size, *self, strict=True)]
 
-    def check_input(self, name: str, size: Sequence[int], ceil_mode: bool) -> None:
+    def check_input(self, name: str, size: Sequence[int], ceil_mode: bool, prefix: str = "") -> None:
         """Raise RuntimeError unless every window of an input of ``size`` has a position, and there is one."""
         if min(self.pooled_size(size, ceil_mode)) < 1:
             raise RuntimeError(
-                f"kernel_size is {tuple(self.kernel_size)} with dilation={tuple(self.dilation)}; the window must fit "
-                f"{name} of height and width {tuple(size)} padded by {tuple(self.padding)}"
+                f"{prefix}kernel_size is {tuple(self.kernel_size)} with {prefix}dilation={tuple(self.dilation)}; the "
+                f"window must fit {name} of height and width {tuple(size)} padded by {tuple(self.padding)}"
             )
         for n, _, s, p, d in zip(size, *self, strict=True):
             # Only a window that starts in the padding can step over the whole input.
             if n < d and any((o * s - p) % d >= n for o in range(-(-p // s))):
                 raise RuntimeError(
-                    f"dilation is {tuple(self.dilation)}; with padding={tuple(self.padding)} a window would step over "
-                    f"all of {name} of height and width {tuple(size)}: reduce the padding or the dilation"
+                    f"{prefix}dilation is {tuple(self.dilation)}; with {prefix}padding={tuple(self.padding)} a window "
+                    f"would step over all of {name} of height and width {tuple(size)}: reduce either"
                 )
 
     def pooled_shape(self, input: Tensor, ceil_mode: bool) -> list[int]:

@@ -67,7 +67,7 @@ def conv2d_relu(
     )
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters) -> list[int]:
+def check(input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters) -> list[int]:
     """Height and width of the maps."""
     filters.check("input", input, weight, rows=False)
     check_bias(bias, input, weight.size(0))
@@ -91,7 +91,7 @@ def _conv2d_relu(
     groups: int,
 ) -> Tensor:
     filters = Filters(stride, padding, dilation, groups)
-    size = _check(input, weight, bias, filters)
+    size = check(input, weight, bias, filters)
     return convolve(input, weight, bias, None, filters, "deconvnet", size)
 
 
@@ -105,7 +105,7 @@ def _(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    size = _check(input, weight, bias, Filters(stride, padding, dilation, groups))
+    size = check(input, weight, bias, Filters(stride, padding, dilation, groups))
     return empty(input, [input.size(0), weight.size(0), *size], memory_format(input))
 
 

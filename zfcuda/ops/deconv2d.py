@@ -92,6 +92,46 @@ def deconv2d(
     )
 
 
+def deconvolved_size(
+    signal: Tensor,
+    maps: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    filters: Filters,
+    output_padding: Sequence[int],
+) -> list[int]:
+    """The whole shape of the result for maps of the shape ``maps``, which the signal is or unpools to."""
+    filters.check("signal", signal, weight, rows=True)
+    channels = weight.size(1) * filters.groups
+    check_bias(bias, signal, channels)
+    check_at_least(0, output_padding=output_padding)
+    if any(o >= max(s, d) for o, s, d in zip(output_padding, filters.stride, filters.dilation, strict=True)):
+        raise RuntimeError(
+            f"output_padding is {tuple(output_padding)}; it must be smaller than stride={tuple(filters.stride)} or "
+            f"dilation={tuple(filters.dilation)}"
+        )
+    reached = filters.image_size(maps[2:], weight.shape[2:])
+    size = [n + o for n, o in zip(reached, output_padding, strict=True)]
+    if min(size) < 1:
+        raise RuntimeError(
+            f"padding is {tuple(filters.padding)}; it leaves an output of height and width {tuple(size)} for maps "
+            f"of shape {tuple(maps)} and a weight of shape {tuple(weight.shape)}: reduce it"
+        )
+    return [signal.size(0), channels, *size]
+
+
+def check_forward(signal: Tensor, gate: str, forward: Tensor | None, what: str) -> None:
+    """Raise RuntimeError unless ``forward`` is there exactly where the gate needs it, as ``what`` says."""
+    if (forward is not None) != (gate in ("backprop", "guided")):
+        raise RuntimeError(
+            f"forward is {'None' if forward is None else 'given'} with gate={gate!r}; the gates 'backprop' and "
+            f"'guided' need {what} on the way up, the others take none"
+        )
+    if forward is not None:
+        check_tensor("forward", forward, like=signal)
+        check_shape("forward", forward, signal.shape, f"the signal's shape: it is {what}")
+
+
 def _check(
     signal: Tensor,
     weight: Tensor,
@@ -102,31 +142,9 @@ def _check(
     forward: Tensor | None,
 ) -> list[int]:
     """The whole shape of the result."""
-    filters.check("signal", signal, weight, rows=True)
-    channels = weight.size(1) * filters.groups
-    check_bias(bias, signal, channels)
-    check_at_least(0, output_padding=output_padding)
-    if any(o >= max(s, d) for o, s, d in zip(output_padding, filters.stride, filters.dilation, strict=True)):
-        raise RuntimeError(
-            f"output_padding is {tuple(output_padding)}; it must be smaller than stride={tuple(filters.stride)} or "
-            f"dilation={tuple(filters.dilation)}"
-        )
-    if (forward is not None) != (gate in ("backprop", "guided")):
-        raise RuntimeError(
-            f"forward is {'None' if forward is None else 'given'} with gate={gate!r}; the gates 'backprop' and "
-            "'guided' need the rectifier's output on the way up, the others take none"
-        )
-    if forward is not None:
-        check_tensor("forward", forward, like=signal)
-        check_shape("forward", forward, signal.shape, "the signal's shape")
-    reached = filters.image_size(signal.shape[2:], weight.shape[2:])
-    size = [n + o for n, o in zip(reached, output_padding, strict=True)]
-    if min(size) < 1:
-        raise RuntimeError(
-            f"padding is {tuple(filters.padding)}; it leaves an output of height and width {tuple(size)} for a signal "
-            f"of shape {tuple(signal.shape)} and a weight of shape {tuple(weight.shape)}: reduce it"
-        )
-    return [signal.size(0), channels, *size]
+    size = deconvolved_size(signal, signal.shape, weight, bias, filters, output_padding)
+    check_forward(signal, gate, forward, "the rectifier's output")
+    return size
 
 
 @torch.library.custom_op(f"{NAMESPACE}::deconv2d", mutates_args=())

@@ -79,20 +79,30 @@ def max_unpool2d(
     )
 
 
-def _check(input: Tensor, switches: Tensor, window: Window, output_size: Sequence[int] | None) -> list[int]:
-    """The whole shape of the result."""
-    check_tensor("input", input)
-    window.check()
-    check_switches(switches, input, input.shape, "the input's shape")
+def unpooled_shape(
+    name: str,
+    input: Tensor,
+    switches: Tensor,
+    window: Window,
+    output_size: Sequence[int] | None,
+    prefix: str = "",
+) -> list[int]:
+    """The whole shape of the unpooled ``input``, the argument called ``name``, after every check.
+
+    The names of the pool's arguments begin with ``prefix``.
+    """
+    check_tensor(name, input)
+    window.check(prefix)
+    check_switches(switches, input, input.shape, f"the shape of {name}")
     default = [*input.shape[:2], *window.unpooled_size(input.shape[2:])]
     size = default if output_size is None else [*input.shape[:2], *output_size[-2:]]
     valid = output_size is None or len(output_size) == 2 or (len(output_size) == 4 and list(output_size) == size)
     if not valid or min(size[2:]) < 1 or not _could_be_pooled(window, size[2:], list(input.shape[2:])):
+        arguments = ", ".join(f"{prefix}{key}={tuple(value)}" for key, value in window._asdict().items())
         raise RuntimeError(
-            f"output_size is {tuple(size if output_size is None else output_size)}; it must be a (height, width) or "
-            f"the whole shape of a tensor whose pool with kernel_size={tuple(window.kernel_size)}, "
-            f"stride={tuple(window.stride)}, padding={tuple(window.padding)}, dilation={tuple(window.dilation)} has "
-            f"the input's shape {tuple(input.shape)}, such as {tuple(default)}"
+            f"{prefix}output_size is {tuple(size if output_size is None else output_size)}; it must be a (height, "
+            f"width) or the whole shape of a tensor whose pool with {arguments} has the shape {tuple(input.shape)} of "
+            f"{name}, such as {tuple(default)}"
         )
     return size
 
@@ -106,7 +116,7 @@ def _could_be_pooled(window: Window, size: list[int], pooled: list[int]) -> bool
     )
 
 
-def _check_values(switches: Tensor, shape: tuple[int, ...], window: Window, size: Sequence[int]) -> None:
+def check_switch_values(switches: Tensor, shape: tuple[int, ...], window: Window, size: Sequence[int]) -> None:
     """Raise RuntimeError at the first switch that points out of its window or out of the output."""
     if switches.is_cuda and torch.cuda.is_current_stream_capturing():
         return
@@ -139,14 +149,14 @@ def unpool(
     check_values: bool,
 ) -> Tensor:
     window = Window(kernel_size, stride, padding, dilation)
-    size = _check(input, switches, window, output_size)
+    size = unpooled_shape("input", input, switches, window, output_size)
     layout = memory_format(input)
     if not input.numel():
         return empty(input, size, layout)
     shape = window.shape(size, input.shape, layout)
     switches = dense(switches, layout)
     if check_values:
-        _check_values(switches, shape, window, size)
+        check_switch_values(switches, shape, window, size)
     output = empty(input, size, layout)
     dtype = core.DTYPES[input.dtype]
     core.run("max_unpool2d", input, shape, dtype, overwrite, dense(input, layout), switches, output)
@@ -165,7 +175,8 @@ def _(
     overwrite: bool,
     check_values: bool,
 ) -> Tensor:
-    size = _check(input, switches, Window(kernel_size, stride, padding, dilation), output_size)
+    window = Window(kernel_size, stride, padding, dilation)
+    size = unpooled_shape("input", input, switches, window, output_size)
     return empty(input, size, memory_format(input))
 
 
@@ -224,7 +235,7 @@ def run_gather(
     shape = window.shape(unpooled.shape, pooled.shape, layout)
     switches = dense(switches, layout)
     if check_values:
-        _check_values(switches, shape, window, unpooled.shape)
+        check_switch_values(switches, shape, window, unpooled.shape)
     tensors = dense(unpooled, layout), switches, pooled
     core.run("switch_gather", unpooled, shape, core.DTYPES[unpooled.dtype], overwrite, *tensors)
 

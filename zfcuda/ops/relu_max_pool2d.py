@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zfcuda.ops._common import NAMESPACE, dense, flag, memory_format, pair, tensor
-from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
+from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window, pool
 from zfcuda.ops.max_pool2d import allocate
 from zfcuda.ops.max_unpool2d import unpool
@@ -121,7 +121,8 @@ def _relu_max_pool2d_out(
     switches: Tensor,
 ) -> None:
     window = Window(kernel_size, stride, padding, dilation)
-    _check_out(input, window, ceil_mode, output, switches)
+    size = window.pooled_shape(input, ceil_mode)
+    check_pooled_out(output, switches, input, size, memory_format(input))
     check_apart({"out[0]": output, "out[1]": switches}, {"input": input})
     pool(input, window, True, output, switches)
 
@@ -137,13 +138,8 @@ def _(
     output: Tensor,
     switches: Tensor,
 ) -> None:
-    _check_out(input, Window(kernel_size, stride, padding, dilation), ceil_mode, output, switches)
-
-
-def _check_out(input: Tensor, window: Window, ceil_mode: bool, output: Tensor, switches: Tensor) -> None:
-    size, layout = window.pooled_shape(input, ceil_mode), memory_format(input)
-    check_out("out[0]", output, input, size, layout, input.dtype)
-    check_out("out[1]", switches, input, size, layout, torch.uint8)
+    size = Window(kernel_size, stride, padding, dilation).pooled_shape(input, ceil_mode)
+    check_pooled_out(output, switches, input, size, memory_format(input))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,0 +1,163 @@
+// The main loop of tap_gemm.cuh: the product of a block's pixels with a tile of the packed weights.
+//
+//   sum[row][column] = sum over taps and channels of source(pixels[row] + tap, channel) * packed
+//
+// A chunk of kDepth products travels through registers while the one before it is multiplied: one
+// barrier a chunk. Loads of the source: lanes along pixels in NCHW, along k in NHWC, four channels
+// at a time where they are a multiple of four.
+#pragma once
+
+#include "tap_plan.cuh"
+#include "tile.cuh"
+
+namespace zfcuda {
+
+// Where a pixel of the result reads (before the taps): element 0 of the block's group, row, column.
+struct alignas(16) TapPixel {
+    std::int64_t source;
+    int y, x;
+};
+
+// The source is a tensor, zero where `forward` is given and blocks it.
+template <typename T>
+struct TensorSource {
+    const T *values, *forward;
+
+    // kVector channels from element `offset` on, which lies at row y and column x.
+    template <int kVector>
+    __device__ Vector<T, kVector> load(std::int64_t offset, int, int) const {
+        return load_gated<T, kVector>(values, forward, offset);
+    }
+};
+
+// The shared memory of a block: two buffers of each operand, and the pixels.
+template <typename T, typename Tile>
+struct TapTiles {
+    T *left, *right;  // 2 * kDepth * kM, 2 * kDepth * kN
+    const TapPixel* pixels;
+};
+
+// All threads of the block call it after the pixels are visible; they may reuse the tiles after it.
+template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector,
+          typename Source>
+__device__ __forceinline__ void tap_product(const TapPlan& p, const Source& source,
+                                            const PhaseTaps& rows, const PhaseTaps& columns,
+                                            int group, int first_column, const T* packed,
+                                            const TapTiles<T, Tile>& tiles,
+                                            typename Tile::Accumulator& sum) {
+    constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<T>::size;
+    T *const left = tiles.left, *const right = tiles.right;
+    const TapPixel* const pixels = tiles.pixels;
+    const int thread = threadIdx.x;
+
+    // Which elements of the left tile a thread brings: NCHW one pixel and kLoads neighbours in k,
+    // NHWC one pack in k and kLoads pixels.
+    constexpr int kLanes = kDepth / kVector;  // threads along k in NHWC
+    constexpr int kLoads = kM * kDepth / (kTileThreads * kVector);
+    const int load_k = kChannelsLast ? thread % kLanes * kVector : thread / kM * kLoads;
+    const int load_row = kChannelsLast ? thread / kLanes : thread % kM;
+    // And of the right tile: one pack of a row.
+    const bool loads_right = thread < kDepth * kN / kPack;
+    const int right_k = thread / (kN / kPack), right_column = thread % (kN / kPack) * kPack;
+
+    const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
+    const Odometer step(kDepth, p.channels, width);
+    Odometer left_at(load_k, p.channels, width), right_at(right_k, p.channels, width);
+    const std::int64_t step_y = p.y.offset_step * p.steps.row;
+    const std::int64_t step_x = p.x.offset_step * p.steps.column;
+    const std::int64_t step_channel = kChannelsLast ? 1 : p.steps.channel;
+
+    Vector<T, kVector> staged[kLoads];
+    Pack<T> staged_right;
+
+    // What a tap and channel add to a pixel's position; beyond the last tap it is outside.
+    const auto displacement = [&](const Odometer& at) -> TapPixel {
+        return {at.high * step_y + at.middle * step_x + at.low * step_channel,
+                at.high < rows.count ? at.high * p.y.offset_step : kOutside,
+                at.middle * p.x.offset_step};
+    };
+    // The displacement of the next k, by additions alone.
+    const std::int64_t next_tap = step_x - p.channels * step_channel;
+    const std::int64_t next_row = step_y - width * step_x;
+    const auto next = [&](Odometer& at, TapPixel& tap) {
+        tap.source += step_channel;
+        if (++at.low < p.channels) return;
+        at.low = 0;
+        tap.source += next_tap;
+        tap.x += p.x.offset_step;
+        if (++at.middle < width) return;
+        at.middle = 0;
+        tap.source += next_row;
+        tap.x = 0;
+        tap.y = ++at.high < rows.count ? tap.y + p.y.offset_step : kOutside;
+    };
+    const unsigned height = static_cast<unsigned>(p.height);
+    const unsigned breadth = static_cast<unsigned>(p.width);
+    auto fetch_left = [&](const TapPixel& pixel, const TapPixel& tap) -> Vector<T, kVector> {
+        const bool inside = static_cast<unsigned>(pixel.y + tap.y) < height &&
+                            static_cast<unsigned>(pixel.x + tap.x) < breadth;
+        if (!inside) return {};
+        return source.template load<kVector>(pixel.source + tap.source, pixel.y + tap.y,
+                                             pixel.x + tap.x);
+    };
+    const TapPixel own_pixel = pixels[load_row];
+    auto fetch = [&]() {
+        TapPixel tap = displacement(left_at);
+        if constexpr (kChannelsLast) {
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i)
+                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], tap);
+        } else {
+            Odometer at = left_at;
+#pragma unroll
+            for (int i = 0; i < kLoads; ++i) {
+                staged[i] = fetch_left(own_pixel, tap);
+                next(at, tap);
+            }
+        }
+        left_at.advance(step, p.channels, width);
+        if (loads_right) {
+            const std::int64_t tap = (rows.first + right_at.high * p.y.tap_step) * p.x.kernel +
+                                     columns.first + right_at.middle * p.x.tap_step;
+            const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
+            const std::int64_t row = (group * taps + tap) * p.channels + right_at.low;
+            staged_right = {};
+            if (right_at.high < rows.count)
+                staged_right = load_vector<T, kPack>(packed + row * p.padded_columns +
+                                                     first_column + right_column);
+            right_at.advance(step, p.channels, width);
+        }
+    };
+    auto stash = [&](int buffer) {
+        T* const to = left + buffer * kDepth * kM;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) {
+                const int k = kChannelsLast ? load_k + j : load_k + i;
+                const int row = kChannelsLast ? load_row + i * (kTileThreads / kLanes) : load_row;
+                const T value = staged[i].value[j];
+                to[tile_slot<kM>(k, row)] = kTransposed && p.rectify ? rectify(value) : value;
+            }
+        if (loads_right)
+            store_vector(right + buffer * kDepth * kN + tile_slot<kN>(right_k, right_column),
+                         staged_right);
+    };
+
+    const int chunks = (rows.count * columns.count * p.channels + kDepth - 1) / kDepth;
+    if (chunks > 0) {
+        fetch();
+        stash(0);
+    }
+    __syncthreads();
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        const bool more = chunk + 1 < chunks;
+        const int buffer = chunk % 2;
+        if (more) fetch();
+        Tile::multiply(left + buffer * kDepth * kM, right + buffer * kDepth * kN, sum);
+        if (more) stash(1 - buffer);
+        __syncthreads();
+    }
+}
+
+}  // namespace zfcuda

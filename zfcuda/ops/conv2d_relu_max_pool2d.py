@@ -1,0 +1,260 @@
+"""Convolution, bias, ReLU and max-pooling with switches in one: a whole layer of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zfcuda import core
+from zfcuda.ops._common import NAMESPACE, dense, empty, flag, integer, memory_format, pair, tensor
+from zfcuda.ops._conv import Filters, conv2d_weight_gradient
+from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
+from zfcuda.ops._pool import Window
+from zfcuda.ops.conv2d_relu import check
+from zfcuda.ops.deconv2d import deconvolve
+from zfcuda.ops.max_unpool2d import unpool
+
+__all__ = ["conv2d_relu_max_pool2d"]
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: int | Sequence[int],
+    pool_stride: int | Sequence[int] | None = None,
+    pool_padding: int | Sequence[int] = 0,
+    pool_dilation: int | Sequence[int] = 1,
+    pool_ceil_mode: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""A layer of section 2 of the paper with its pool: :func:`conv2d_relu`, then :func:`max_pool2d`, in one.
+
+    .. math:: y_o = \operatorname{pool}\Big(\max\big(0,\; b_o + \sum_i w_{o,i} \star x_i\big)\Big)
+
+    The rectified maps, four times as large as what is left of them after a pool of stride 2, are neither
+    written to memory nor kept for the gradient.
+
+    Parameters
+    ----------
+    input
+        (batch, in_channels, height, width), float32 or float64, any strides.
+    weight
+        (out_channels, in_channels / groups, kernel_h, kernel_w).
+    bias
+        (out_channels,) or None.
+    stride, padding, dilation, groups
+        Of the convolution, as in ``torch.nn.functional.conv2d``; padding is a number, not a mode.
+    pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode
+        Of the pool, as in ``torch.nn.functional.max_pool2d``; ``pool_stride=None`` is ``pool_kernel_size``. A window
+        has at most 256 positions.
+    out
+        Where to write the results: a pair of tensors as they would be returned, dense in the input's memory
+        format. Not differentiable.
+
+    Returns
+    -------
+    output, switches
+        (batch, out_channels, …): the maxima, and for each the position i · kernel_w + j within its window as
+        uint8; both have the input's memory format. The rules for ties and NaN are those of
+        :func:`relu_max_pool2d`.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong Python type.
+    RuntimeError
+        If a tensor or a size is impossible, or ``out`` does not fit or meets a tensor that requires grad; the
+        message names the argument and its value.
+
+    Notes
+    -----
+    First derivatives with respect to input, weight and bias. Where two values of a window are equal but for
+    rounding, the switch may differ from that of a convolution that adds in another order, torch's for one.
+    """
+    kernel = pair("pool_kernel_size", pool_kernel_size)
+    arguments = (
+        tensor("input", input),
+        tensor("weight", weight),
+        tensor("bias", bias, optional=True),
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
+        integer("groups", groups),
+        kernel,
+        kernel if pool_stride is None else pair("pool_stride", pool_stride),
+        pair("pool_padding", pool_padding),
+        pair("pool_dilation", pool_dilation),
+        flag("pool_ceil_mode", pool_ceil_mode),
+    )
+    if out is None:
+        return _conv2d_relu_max_pool2d(*arguments)
+    output, switches = outputs(out, 2)
+    refuse_gradients("conv2d_relu_max_pool2d", input, weight, bias, output)
+    _conv2d_relu_max_pool2d_out(*arguments, output, switches)
+    return output, switches
+
+
+def _sizes(
+    input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters, window: Window, ceil_mode: bool
+) -> tuple[list[int], list[int]]:
+    """The whole shapes of the maps and of their pool, after every check."""
+    maps = check(input, weight, bias, filters)
+    window.check("pool_")
+    window.check_input("the maps", maps, ceil_mode, "pool_")
+    head = [input.size(0), weight.size(0)]
+    return [*head, *maps], [*head, *window.pooled_size(maps, ceil_mode)]
+
+
+def _run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    filters: Filters,
+    window: Window,
+    maps: Sequence[int],
+    output: Tensor,
+    switches: Tensor,
+) -> None:
+    if output.numel():
+        layout = memory_format(input)
+        shapes = filters.shape(input.shape, maps, weight, layout), window.shape(maps, output.shape, layout)
+        where = *shapes, core.DTYPES[input.dtype]
+        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where)
+        tensors = dense(input, layout), weight.contiguous(), None if bias is None else bias.contiguous()
+        core.run("conv2d_relu_max_pool2d", input, *where, *tensors, output, switches, scratch)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv2d_relu_max_pool2d", mutates_args=())
+def _conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    filters = Filters(stride, padding, dilation, groups)
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    maps, size = _sizes(input, weight, bias, filters, window, pool_ceil_mode)
+    layout = memory_format(input)
+    output, switches = empty(input, size, layout), empty(input, size, layout, torch.uint8)
+    _run(input, weight, bias, filters, window, maps, output, switches)
+    return output, switches
+
+
+@_conv2d_relu_max_pool2d.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    _, size = _sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
+    layout = memory_format(input)
+    return empty(input, size, layout), empty(input, size, layout, torch.uint8)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::conv2d_relu_max_pool2d_out", mutates_args=("output", "switches"))
+def _conv2d_relu_max_pool2d_out(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_ceil_mode: bool,
+    output: Tensor,
+    switches: Tensor,
+) -> None:
+    filters = Filters(stride, padding, dilation, groups)
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    maps, size = _sizes(input, weight, bias, filters, window, pool_ceil_mode)
+    check_pooled_out(output, switches, input, size, memory_format(input))
+    check_apart({"out[0]": output, "out[1]": switches}, {"input": input, "weight": weight, "bias": bias})
+    _run(input, weight, bias, filters, window, maps, output, switches)
+
+
+@_conv2d_relu_max_pool2d_out.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_ceil_mode: bool,
+    output: Tensor,
+    switches: Tensor,
+) -> None:
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    _, size = _sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
+    check_pooled_out(output, switches, input, size, memory_format(input))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, _, *rest = inputs
+    ctx.filters, ctx.window = Filters(*rest[:4]), Window(*rest[4:8])
+    ctx.input_size = input.shape[2:]
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 12
+    input, weight, output, switches = ctx.saved_tensors
+    filters: Filters = ctx.filters
+    needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    # What the rectifier lets pass can be told from the maxima: the gradient reaches nothing else.
+    passed = dense(grad_output.masked_fill(output.detach() <= 0, 0), memory_format(switches))
+    grad_input = grad_weight = grad_bias = None
+    if needs_input or needs_weight:
+        size = filters.maps_size(ctx.input_size, weight.shape[2:])
+        maps = unpool(passed, switches, *ctx.window, size, False, False)
+        if needs_input:
+            reached = filters.image_size(size, weight.shape[2:])
+            rest = [n - r for n, r in zip(ctx.input_size, reached, strict=True)]
+            stride, padding, dilation, groups = filters
+            grad_input = deconvolve(maps, weight, None, stride, padding, rest, groups, dilation, "none", None)
+        if needs_weight:
+            grad_weight, _ = conv2d_weight_gradient(input, maps, None, weight, *filters, "none", False)
+    if needs_bias:
+        grad_bias = passed.sum((0, 2, 3))
+    return grad_input, grad_weight, grad_bias, *(None,) * 9
+
+
+_conv2d_relu_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
