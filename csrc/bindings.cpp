@@ -100,6 +100,8 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     m.def("conv2d_relu_max_pool2d_workspace", &conv2d_relu_max_pool2d_workspace);
     m.def("conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d, nogil());
     m.def("max_unpool2d", &max_unpool2d, nogil());
+    m.def("unpool_relu_deconv2d_workspace", &unpool_relu_deconv2d_workspace);
+    m.def("unpool_relu_deconv2d", &unpool_relu_deconv2d, nogil());
     m.def("switch_gather", &switch_gather, nogil());
     m.def("find_invalid_switch", &find_invalid_switch, nogil());
     m.def("local_response_norm", &local_response_norm, nogil());

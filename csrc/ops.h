@@ -84,6 +84,17 @@ void conv2d_relu_max_pool2d(const ConvShape& shape, const PoolShape& pool, Dtype
 void max_unpool2d(const PoolShape& shape, Dtype dtype, bool overwrite, Address pooled,
                   Address switches, Address unpooled, const Exec& exec);
 
+// image = conv_transpose(gate(maps), weight) + bias, where maps = max_unpool2d(signal, switches)
+// never exists as a whole: `pool` is the pool of the maps of `shape`. Here `forward` has the size
+// of the signal, and blocks its values before they are unpooled: it is the pool's output on the way
+// up.
+std::int64_t unpool_relu_deconv2d_workspace(const ConvShape& shape, const PoolShape& pool,
+                                            Dtype dtype, const Exec& exec);
+void unpool_relu_deconv2d(const ConvShape& shape, const PoolShape& pool, Dtype dtype, Gate gate,
+                          bool overwrite, Address signal, Address switches, Address forward,
+                          Address weight, Address bias, Address image, Address workspace,
+                          const Exec& exec);
+
 // The transpose of max_unpool2d: pooled[w] = unpooled[switch of w]; with `overwrite` zero for the
 // windows whose value was overwritten.
 void switch_gather(const PoolShape& shape, Dtype dtype, bool overwrite, Address unpooled,

@@ -164,6 +164,35 @@ def max_unpool2d(
     return output.unflatten(2, (height, width))
 
 
+def unpool_relu_deconv2d(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+    *,
+    pool_kernel_size: Size,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    pool_dilation: Size = 1,
+    pool_output_size: Sequence[int] | None = None,
+    overlap: str = "sum",
+    gate: str = "deconvnet",
+    forward: Tensor | None = None,
+) -> Tensor:
+    """Oracle of :func:`zfcuda.ops.unpool_relu_deconv2d`."""
+    if forward is not None:
+        signal = _keep(signal, forward)
+    pool = pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_output_size, overlap
+    maps = max_unpool2d(signal, switches, *pool)
+    rest = {"backprop": "none", "guided": "deconvnet"}.get(gate, gate)
+    return deconv2d(maps, weight, bias, stride, padding, output_padding, groups, dilation, gate=rest)
+
+
 def switch_gather(
     input: Tensor,
     switches: Tensor,

@@ -12,6 +12,7 @@ from zfcuda.ops.relu_max_pool2d import relu_max_pool2d
 from zfcuda.ops.renormalize_filters import renormalize_filters_
 from zfcuda.ops.switch_gather import switch_gather
 from zfcuda.ops.switches import indices_to_switches, switches_to_indices
+from zfcuda.ops.unpool_relu_deconv2d import unpool_relu_deconv2d
 from zfcuda.ops.window_deconv2d import WindowDeconv2d, window_deconv2d
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "renormalize_filters_",
     "switch_gather",
     "switches_to_indices",
+    "unpool_relu_deconv2d",
     "window_deconv2d",
 ]

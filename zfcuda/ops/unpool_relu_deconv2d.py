@@ -1,0 +1,330 @@
+"""The deconvnet's step in one: unpool by switches, gate, transposed convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zfcuda import core
+from zfcuda.ops._common import (
+    NAMESPACE,
+    dense,
+    empty,
+    integer,
+    integers,
+    memory_format,
+    option,
+    pair,
+    tensor,
+)
+from zfcuda.ops._conv import Filters, conv2d_gated, conv2d_weight_gradient
+from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
+from zfcuda.ops._pool import Window
+from zfcuda.ops.deconv2d import check_forward, deconvolved_size
+from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, unpool, unpooled_shape
+
+__all__ = ["unpool_relu_deconv2d"]
+
+
+def unpool_relu_deconv2d(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    pool_kernel_size: int | Sequence[int],
+    pool_stride: int | Sequence[int] | None = None,
+    pool_padding: int | Sequence[int] = 0,
+    pool_dilation: int | Sequence[int] = 1,
+    pool_output_size: Sequence[int] | None = None,
+    overlap: str = "sum",
+    gate: str = "deconvnet",
+    forward: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Unpool, rectify, filter: one whole step down the deconvnet (section 2.1 of the paper).
+
+    :func:`max_unpool2d`, then :func:`deconv2d`, without the unpooled map in memory: the way down through a layer
+    that :func:`conv2d_relu_max_pool2d` went up.
+
+    Parameters
+    ----------
+    signal
+        Pooled values (batch, in_channels, height, width), float32 or float64, any strides: what came down so far.
+    switches
+        As the pool gave them on the way up: uint8, of the signal's shape.
+    weight
+        (in_channels, out_channels / groups, kernel_h, kernel_w), as in ``conv_transpose2d``: the very weight of
+        the convolution on the way up.
+    bias
+        (out_channels,) or None. The paper uses none.
+    stride, padding, output_padding, groups, dilation
+        Of the convolution, as in ``torch.nn.functional.conv_transpose2d``.
+    pool_kernel_size, pool_stride, pool_padding, pool_dilation
+        Those of the pool; ``pool_stride=None`` is ``pool_kernel_size``.
+    pool_output_size
+        Height and width (or the whole shape) of the map that was pooled. By default the smallest size whose pool
+        without ``ceil_mode`` has the signal's size.
+    overlap
+        ``"sum"`` or ``"overwrite"``, as in :func:`max_unpool2d`.
+    gate
+        What stands between the unpooled signal and the filters: ``"deconvnet"`` keeps what is positive (the paper);
+        ``"backprop"`` what came from where the rectified map was; ``"guided"`` where both are; ``"none"`` keeps
+        it all.
+    forward
+        For ``"backprop"`` and ``"guided"`` only: the pool's output on the way up, of the signal's shape. A pool's
+        output is the rectified map at its switches, the only places that unpooling reaches, so that it says all
+        that the map would.
+    out
+        Where to write the result: a tensor as it would be returned, dense in the signal's memory format. Not
+        differentiable.
+
+    Returns
+    -------
+    Tensor
+        (batch, out_channels, …) in the signal's memory format. Deterministic.
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong Python type.
+    ValueError
+        If ``gate`` or ``overlap`` is not one of its values.
+    RuntimeError
+        If a tensor or a size is impossible, a switch points out of its window or out of the map, or ``out`` does
+        not fit or meets a tensor that requires grad; the message names the argument and its value.
+
+    Notes
+    -----
+    First derivatives with respect to signal, weight and bias; ``forward`` only opens and closes, so it has none.
+    The check of the switches' values reads one number back, which on CUDA waits for the device; while a CUDA graph
+    is being captured it is left out.
+    """
+    kernel = pair("pool_kernel_size", pool_kernel_size)
+    arguments = (
+        tensor("signal", signal),
+        tensor("switches", switches),
+        tensor("weight", weight),
+        tensor("bias", bias, optional=True),
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("output_padding", output_padding),
+        integer("groups", groups),
+        pair("dilation", dilation),
+        kernel,
+        kernel if pool_stride is None else pair("pool_stride", pool_stride),
+        pair("pool_padding", pool_padding),
+        pair("pool_dilation", pool_dilation),
+        None if pool_output_size is None else integers("pool_output_size", pool_output_size),
+        option("overlap", overlap, OVERLAPS) == "overwrite",
+        option("gate", gate, tuple(core.GATES)),
+        tensor("forward", forward, optional=True),
+    )
+    if out is None:
+        return _unpool_relu_deconv2d(*arguments)
+    (output,) = outputs(out, 1)
+    refuse_gradients("unpool_relu_deconv2d", signal, weight, bias, output)
+    _unpool_relu_deconv2d_out(*arguments, output)
+    return output
+
+
+def _sizes(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    filters: Filters,
+    output_padding: Sequence[int],
+    window: Window,
+    pool_output_size: Sequence[int] | None,
+    gate: str,
+    forward: Tensor | None,
+) -> tuple[list[int], list[int]]:
+    """The whole shapes of the unpooled map and of the result, after every check."""
+    maps = unpooled_shape("signal", signal, switches, window, pool_output_size, "pool_")
+    check_forward(signal, gate, forward, "the pool's output")
+    return maps, deconvolved_size(signal, maps, weight, bias, filters, output_padding)
+
+
+def _run(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    filters: Filters,
+    window: Window,
+    maps: Sequence[int],
+    overwrite: bool,
+    gate: str,
+    forward: Tensor | None,
+    image: Tensor,
+) -> None:
+    if not image.numel():
+        return
+    layout = memory_format(signal)
+    pool = window.shape(maps, signal.shape, layout)
+    switches = dense(switches, layout)
+    check_switch_values(switches, pool, window, maps)
+    where = filters.shape(image.shape, maps, weight, layout), pool, core.DTYPES[signal.dtype]
+    scratch = core.workspace("unpool_relu_deconv2d", signal, *where)
+    tensors = dense(signal, layout), switches, dense(forward, layout), weight.contiguous()
+    offset = None if bias is None else bias.contiguous()
+    core.run("unpool_relu_deconv2d", signal, *where, core.GATES[gate], overwrite, *tensors, offset, image, scratch)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::unpool_relu_deconv2d", mutates_args=())
+def _unpool_relu_deconv2d(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_output_size: Sequence[int] | None,
+    overwrite: bool,
+    gate: str,
+    forward: Tensor | None,
+) -> Tensor:
+    filters = Filters(stride, padding, dilation, groups)
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    maps, size = _sizes(
+        signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward
+    )
+    image = empty(signal, size, memory_format(signal))
+    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, image)
+    return image
+
+
+@_unpool_relu_deconv2d.register_fake
+def _(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_output_size: Sequence[int] | None,
+    overwrite: bool,
+    gate: str,
+    forward: Tensor | None,
+) -> Tensor:
+    filters = Filters(stride, padding, dilation, groups)
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    _, size = _sizes(signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward)
+    return empty(signal, size, memory_format(signal))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::unpool_relu_deconv2d_out", mutates_args=("output",))
+def _unpool_relu_deconv2d_out(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_output_size: Sequence[int] | None,
+    overwrite: bool,
+    gate: str,
+    forward: Tensor | None,
+    output: Tensor,
+) -> None:
+    filters = Filters(stride, padding, dilation, groups)
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    maps, size = _sizes(
+        signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward
+    )
+    check_out("out", output, signal, size, memory_format(signal), signal.dtype)
+    inputs = {"signal": signal, "switches": switches, "weight": weight, "bias": bias, "forward": forward}
+    check_apart({"out": output}, inputs)
+    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, output)
+
+
+@_unpool_relu_deconv2d_out.register_fake
+def _(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_output_size: Sequence[int] | None,
+    overwrite: bool,
+    gate: str,
+    forward: Tensor | None,
+    output: Tensor,
+) -> None:
+    filters = Filters(stride, padding, dilation, groups)
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    _, size = _sizes(signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward)
+    check_out("out", output, signal, size, memory_format(signal), signal.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    signal, switches, weight, _, stride, padding, _, groups, dilation, *window, size, overwrite, gate, forward = inputs
+    ctx.filters, ctx.window = Filters(stride, padding, dilation, groups), Window(*window)
+    ctx.size, ctx.overwrite, ctx.gate = size, overwrite, gate
+    needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
+    ctx.save_for_backward(signal if needed else None, switches, weight, forward)
+    ctx.layout = memory_format(signal)
+    ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size[-2:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    signal, switches, weight, forward = ctx.saved_tensors
+    filters: Filters = ctx.filters
+    needs_signal, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    rectifies = ctx.gate in ("deconvnet", "guided")
+    grad_signal = grad_weight = grad_bias = maps = None
+    if signal is not None:
+        masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
+        maps = unpool(dense(masked, ctx.layout), switches, *ctx.window, ctx.maps_size, ctx.overwrite, False)
+    if needs_signal:
+        grad_maps = conv2d_gated(grad, weight, maps if rectifies else None, *filters, ctx.maps_size)
+        grad_signal = gather(grad_maps, switches, *ctx.window, ctx.overwrite, False)
+        if forward is not None:
+            grad_signal = dense(grad_signal.masked_fill(forward <= 0, 0), ctx.layout)
+    if needs_weight:
+        gate = "deconvnet" if rectifies else "none"
+        grad_weight, _ = conv2d_weight_gradient(grad, maps, None, weight, *filters, gate, False)
+    if needs_bias:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_signal, None, grad_weight, grad_bias, *(None,) * 13
+
+
+_unpool_relu_deconv2d.register_autograd(_backward, setup_context=_setup_context)
