@@ -10,6 +10,7 @@ import torch
 from oracles import assert_within, normal
 from torch import nn
 
+import zfcuda
 import zfcuda.nn as zf
 
 
@@ -21,6 +22,15 @@ def pairs():
             nn.Sequential(nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), nn.ReLU()),
             zf.ConvReLU2d(3, 6, (3, 2), groups=3, bias=False),
         ),
+        "conv and pool": (
+            nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
+            zf.ConvReLUMaxPool2d(3, 4, 3, 2, 1, pool_kernel_size=3, pool_stride=2, pool_ceil_mode=True),
+        ),
+        "conv and pool, stride of the window": (
+            nn.Sequential(nn.Conv2d(4, 6, 3, groups=2, bias=False), nn.ReLU(), nn.MaxPool2d(2, padding=1, dilation=2)),
+            zf.ConvReLUMaxPool2d(4, 6, 3, groups=2, bias=False, pool_kernel_size=2, pool_padding=1, pool_dilation=2),
+        ),
+        "relu and pool": (nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)), zf.ReLUMaxPool2d(3, 2, 1)),
         "pool": (nn.MaxPool2d(3, 2, 1, 1, False, True), zf.MaxPool2d(3, 2, 1, 1, False, True)),
         "pool, stride of the window": (nn.MaxPool2d(2), zf.MaxPool2d(2)),
         "norm": (nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), zf.LocalResponseNorm(5, 5e-4, 0.75, 2.0)),
@@ -34,7 +44,7 @@ def test_replaces_torchs(backend, name):
     assert list(ours.state_dict()) == list(first.state_dict())
     ours.load_state_dict(first.state_dict())
     ours = pickle.loads(pickle.dumps(copy.deepcopy(ours))).to(backend.device)
-    x = normal(2, 3, 9, 8)
+    x = normal(2, getattr(ours, "in_channels", 3), 9, 8)
     theirs64 = copy.deepcopy(theirs).double()
     with torch.no_grad():
         assert_within(ours(x.float().to(backend.device)), theirs(x.float()), theirs64(x), terms=27)
@@ -61,7 +71,34 @@ def test_unpooling_with_torchs_signature(backend, ceil_mode):
         assert torch.equal(back.cpu(), nn.MaxUnpool2d(2)(expected, indices, x.shape))
 
 
+def test_switches_of_the_fused_modules(backend):
+    """… are those of the pool by itself, and unpool by MaxUnpool2d; indices are torch's."""
+    x, pool = normal(2, 3, 8, 9).float(), (3, 2, 1)
+    conv = zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2, return_switches=True).to(backend.device)
+    maps = zf.ConvReLU2d(3, 4, 3).to(backend.device)
+    maps.load_state_dict(conv.state_dict())
+    placed = x.to(backend.device)
+    expected = zf.MaxPool2d(2, return_switches=True)(maps(placed))
+    assert all(torch.equal(a, b) for a, b in zip(conv(placed), expected, strict=True))
+    output, switches = zf.ReLUMaxPool2d(*pool, return_switches=True)(placed)
+    assert zf.MaxUnpool2d(*pool)(output, switches, x.shape).shape == x.shape
+    _, indices = zf.ReLUMaxPool2d(*pool, return_indices=True)(placed)
+    assert torch.equal(indices.cpu(), nn.MaxPool2d(*pool, return_indices=True)(x.relu())[1])
+
+
+def test_the_deconvnet_refuses_what_it_does_not_know():
+    """A fused module is not taken for the module that it derives from."""
+    fused = zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2), zf.ReLUMaxPool2d(2)
+    for module in fused:
+        with pytest.raises(TypeError, match=r"overrides the forward\(\)"):
+            zfcuda.DeconvNet(nn.Sequential(module))
+
+
 def test_repr():
+    expected = "ConvReLUMaxPool2d(3, 4, kernel_size=(3, 3), stride=(1, 1), pool_kernel_size=2, pool_stride=2, "
+    expected += "pool_padding=0, pool_dilation=1, pool_ceil_mode=False)"
+    assert repr(zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2)) == expected
+    assert repr(zf.ReLUMaxPool2d(3, 2)) == repr(nn.MaxPool2d(3, 2)).replace("MaxPool2d", "ReLUMaxPool2d")
     assert repr(zf.ConvReLU2d(3, 4, 3, 2)) == "ConvReLU2d(3, 4, kernel_size=(3, 3), stride=(2, 2))"
     assert repr(zf.MaxPool2d(3, 2)) == repr(nn.MaxPool2d(3, 2))
     assert repr(zf.LocalResponseNorm(5)) == repr(nn.LocalResponseNorm(5))
@@ -73,6 +110,7 @@ def test_repr():
     ("error", "message", "call"),
     [
         (RuntimeError, "padding_mode is 'reflect'", lambda: zf.ConvReLU2d(3, 4, 3, padding=1, padding_mode="reflect")),
+        (TypeError, "pool_kernel_size", lambda: zf.ConvReLUMaxPool2d(3, 4, 3)),
         (TypeError, "padding is 'same'", lambda: zf.ConvReLU2d(3, 4, 3, padding="same")),
         (RuntimeError, "return_switches", lambda: zf.MaxPool2d(2, return_indices=True, return_switches=True)),
         (ValueError, "overlap is 'max'", lambda: zf.MaxUnpool2d(2, overlap="max")),

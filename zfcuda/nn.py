@@ -11,7 +11,7 @@ from zfcuda import ops
 from zfcuda.ops._common import option
 from zfcuda.ops.max_unpool2d import OVERLAPS
 
-__all__ = ["ConvReLU2d", "LocalResponseNorm", "MaxPool2d", "MaxUnpool2d"]
+__all__ = ["ConvReLU2d", "ConvReLUMaxPool2d", "LocalResponseNorm", "MaxPool2d", "MaxUnpool2d", "ReLUMaxPool2d"]
 
 
 class ConvReLU2d(nn.Conv2d):
@@ -39,6 +39,70 @@ class ConvReLU2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, height, width) to (batch, out_channels, …), rectified."""
         return ops.conv2d_relu(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class ConvReLUMaxPool2d(ConvReLU2d):
+    """``nn.Conv2d``, ``nn.ReLU`` and ``nn.MaxPool2d`` in one operator, :func:`zfcuda.ops.conv2d_relu_max_pool2d`.
+
+    Arguments, parameters, state dict and initialisation are those of ``torch.nn.Conv2d``; those of the pool come
+    after them by name.
+
+    Parameters
+    ----------
+    pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode
+        As ``kernel_size``, … of ``torch.nn.MaxPool2d``.
+    return_switches
+        Return (output, switches) for :class:`MaxUnpool2d`.
+
+    Raises
+    ------
+    RuntimeError
+        If ``padding_mode`` is not ``"zeros"``.
+    TypeError
+        If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pool_kernel_size: int | tuple[int, ...],
+        pool_stride: int | tuple[int, ...] | None = None,
+        pool_padding: int | tuple[int, ...] = 0,
+        pool_dilation: int | tuple[int, ...] = 1,
+        pool_ceil_mode: bool = False,
+        return_switches: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
+        self.pool_padding, self.pool_dilation, self.pool_ceil_mode = pool_padding, pool_dilation, pool_ceil_mode
+        self.return_switches = return_switches
+
+    def forward(self, input: Tensor) -> Any:
+        """(batch, in_channels, height, width) to the pooled tensor, or a pair of it and the switches (uint8)."""
+        output, switches = ops.conv2d_relu_max_pool2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            pool_dilation=self.pool_dilation,
+            pool_ceil_mode=self.pool_ceil_mode,
+        )
+        return (output, switches) if self.return_switches else output
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}, "
+            f"pool_padding={self.pool_padding}, pool_dilation={self.pool_dilation}, "
+            f"pool_ceil_mode={self.pool_ceil_mode}"
+        )
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -77,11 +141,26 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Any:
         """The pooled tensor, or a pair of it and the switches (uint8) or the indices (int64)."""
-        window = self.kernel_size, self.stride, self.padding, self.dilation
-        output, switches = ops.max_pool2d(input, *window, self.ceil_mode)
+        return self._results(input, *ops.max_pool2d(input, *self._window(), self.ceil_mode))
+
+    def _window(self) -> tuple[Any, Any, Any, Any]:
+        return self.kernel_size, self.stride, self.padding, self.dilation
+
+    def _results(self, input: Tensor, output: Tensor, switches: Tensor) -> Any:
         if self.return_indices:
-            return output, ops.switches_to_indices(switches, input.shape, *window)
+            return output, ops.switches_to_indices(switches, input.shape, *self._window())
         return (output, switches) if self.return_switches else output
+
+
+class ReLUMaxPool2d(MaxPool2d):
+    """``nn.ReLU`` followed by ``nn.MaxPool2d`` in one operator, :func:`zfcuda.ops.relu_max_pool2d`.
+
+    Arguments and results are those of :class:`MaxPool2d`.
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        """The pool of the rectified input, or a pair of it and the switches (uint8) or the indices (int64)."""
+        return self._results(input, *ops.relu_max_pool2d(input, *self._window(), self.ceil_mode))
 
 
 class MaxUnpool2d(nn.Module):
