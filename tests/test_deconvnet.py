@@ -363,8 +363,10 @@ def test_deterministic_and_independent_of_chunks(monkeypatch):
     whole = d.project(images, "conv5", [0, 1, 2, 3])
     assert torch.equal(whole, d.project(images, "conv5", [0, 1, 2, 3]))
     monkeypatch.setattr(dense, "CHUNK_BYTES", 3 * 3 * 64 * 64 * 4)  # three projections: the image is the largest map
-    batches, deconv2d = [], zfcuda.ops.deconv2d
-    monkeypatch.setattr(zfcuda.ops, "deconv2d", lambda s, *a, **k: batches.append(len(s)) or deconv2d(s, *a, **k))
+    batches = []
+    for name in ("deconv2d", "unpool_relu_deconv2d"):
+        step = getattr(zfcuda.ops, name)
+        monkeypatch.setattr(zfcuda.ops, name, lambda s, *a, step=step, **k: batches.append(len(s)) or step(s, *a, **k))
     close(d.project(images, "conv5", [0, 1, 2, 3]), whole, 1e-6)
     assert batches == [3] * 10 + [2] * 5
 

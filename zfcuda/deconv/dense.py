@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,13 @@ def down(
         if i not in signals:
             continue
         node = graph.nodes[i]
+        if node.name in record.switches and _is_one_step(graph, i, top):
+            layer = graph.nodes[node.inputs[0]]
+            (j,) = layer.inputs
+            under = record.maps[graph.nodes[j].name] if j >= 0 else record.images
+            part = _unpooled(node, layer, signals.pop(i), under.shape, record, images, gate, overlap)
+            signals[j] = signals[j] + part if j in signals else part
+            continue
         below = [record.maps[graph.nodes[j].name] if j >= 0 else record.images for j in node.inputs]
         forward = None
         if gate != "deconvnet" and (node.rectified or node.kind == "relu"):
@@ -86,6 +94,45 @@ def down(
         for j, part in zip(node.inputs, parts, strict=True):
             signals[j] = signals[j] + part if j in signals else part
     return signals[-1]
+
+
+def _is_one_step(graph: Graph, pool: int, top: int) -> bool:
+    """Whether a pool takes the maps of a convolution that nothing else up to ``top`` takes: no sum between them."""
+    (layer,) = graph.nodes[pool].inputs
+    if layer < 0 or graph.nodes[layer].kind != "conv":
+        return False
+    return all(layer not in node.inputs for i, node in enumerate(graph.nodes[: top + 1]) if i != pool)
+
+
+def _unpooled(
+    pool: Node,
+    layer: Node,
+    signal: Tensor,
+    below: torch.Size,
+    record: Record,
+    images: Tensor,
+    gate: str,
+    overlap: str,
+) -> Tensor:
+    """Back through a pool and its convolution at once; the pool's output says what the rectifier let pass."""
+    size = record.maps[layer.name].shape[2:]
+    window = pool.window_on(size)
+    forward = record.maps[pool.name][images] if layer.rectified and gate in ("backprop", "guided") else None
+    return ops.unpool_relu_deconv2d(
+        signal,
+        record.switches[pool.name][images],
+        layer.parameters()[0],
+        None,
+        *_slide(layer, size, below),
+        pool_kernel_size=window.kernel,
+        pool_stride=window.stride,
+        pool_padding=window.padding,
+        pool_dilation=window.dilation,
+        pool_output_size=size,
+        overlap=overlap,
+        gate=gate if layer.rectified else "none",
+        forward=forward,
+    )
 
 
 def _step(
@@ -146,13 +193,16 @@ def _transposed(node: Node, signal: Tensor, below: torch.Size) -> Tensor:
 
 
 def _filtered(node: Node, signal: Tensor, below: torch.Size, gate: str, forward: Tensor | None) -> Tensor:
+    weight, _ = node.parameters()
+    return ops.deconv2d(signal, weight, None, *_slide(node, signal.shape[2:], below), gate=gate, forward=forward)
+
+
+def _slide(node: Node, size: Sequence[int], below: torch.Size) -> tuple[Any, ...]:
+    """How a convolution's transpose takes maps of height and width ``size`` to what is below it."""
     window = node.window
     assert window is not None
     # Pixels at the bottom and right that no window of the convolution reached.
     rest = [
-        below[2 + d] - ((signal.shape[2 + d] - 1) * window.stride[d] - 2 * window.padding[d] + window.extent[d])
-        for d in (0, 1)
+        below[2 + d] - ((size[d] - 1) * window.stride[d] - 2 * window.padding[d] + window.extent[d]) for d in (0, 1)
     ]
-    weight, _ = node.parameters()
-    slide = (window.stride, window.padding, rest, node.groups, window.dilation)
-    return ops.deconv2d(signal, weight, None, *slide, gate=gate, forward=forward)
+    return window.stride, window.padding, rest, node.groups, window.dilation
