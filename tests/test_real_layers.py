@@ -6,6 +6,8 @@ emulator runs them without its checks.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +82,64 @@ def test_pool_and_unpool(backend, layer, layout):
     )
     sample = Sample([normal(2, layer.channels, layer.size, layer.size)])
     check_values(ours, torchs, torchs, sample, backend.device, torch.float32, layout)
+
+
+FUSED = {"pool_kernel_size": 3, "pool_stride": 2}
+POOLED = [layer for layer in CONVOLUTIONS if layer.name in ("conv1", "conv2", "conv5")]
+
+
+def conv2d_relu_max_pool2d(image, weight, bias, stride, padding):
+    maps = conv2d_relu(image, weight, bias, stride, padding)
+    output, indices = F.max_pool2d(maps, 3, 2, ceil_mode=True, return_indices=True)
+    return output, ops.indices_to_switches(indices, maps.shape, 3, 2)
+
+
+@layers(POOLED)
+def test_layer_with_its_pool(backend, layer):
+    """On whole numbers, whose many ties the switches must settle alike."""
+    image = whole_numbers(1, layer.channels, layer.size, layer.size)
+    weight = whole_numbers(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1)
+    options = {"stride": layer.stride, "padding": layer.padding}
+    sample = Sample([image, weight, whole_numbers(layer.maps, seed=2)], options)
+    fused = partial(ops.conv2d_relu_max_pool2d, pool_ceil_mode=True, **FUSED)
+    check_exact(fused, conv2d_relu_max_pool2d, sample, backend)
+
+
+@LAYOUTS
+@layers(POOLED)
+def test_switches_of_rounded_sums(backend, layer, layout):
+    """Each points to a value that is the window's maximum, but for the rounding of two sums."""
+    image = normal(1, layer.channels, layer.size, layer.size)
+    weight = normal(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1)
+    sample = Sample([image, weight], {"stride": layer.stride, "padding": layer.padding}, differentiable=False)
+    exact, rounded = (
+        F.conv2d(*(t.to(d) for t in sample.tensors), **sample.options) for d in (torch.float64, torch.float32)
+    )
+    tolerance = 4 * float((rounded - exact).abs().max())
+    placed = sample.on(backend.device, torch.float32, layout)
+    output, switches = placed.call(partial(ops.conv2d_relu_max_pool2d, pool_ceil_mode=True, **FUSED))
+    largest, _ = F.max_pool2d(exact.relu(), 3, 2, ceil_mode=True, return_indices=True)
+    chosen = reference.switch_gather(exact.relu(), switches.cpu(), 3, 2)
+    assert float((largest - chosen).max()) <= tolerance
+    assert float((output.cpu() - largest).abs().max()) <= tolerance
+
+
+@LAYOUTS
+@layers(POOLED)
+def test_step_down_from_its_pool(backend, layer, layout):
+    maps = normal(1, layer.maps, layer.out_size, layer.out_size).relu()
+    _, switches = reference.max_pool2d(maps, 3, 2, ceil_mode=True)
+    weight = normal(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1)
+    options = {"stride": layer.stride, "padding": layer.padding, "output_padding": layer.output_padding}
+
+    def torchs(signal, switches, weight, **slide):
+        indices = reference.switches_to_indices(switches, maps.shape[2:], 3, 2).flatten(2)
+        unpooled = torch.zeros(maps.shape, dtype=signal.dtype).flatten(2).scatter_add(2, indices, signal.flatten(2))
+        return F.conv_transpose2d(unpooled.view(maps.shape).relu(), weight, **slide)
+
+    step = partial(ops.unpool_relu_deconv2d, pool_output_size=maps.shape[2:], **FUSED)
+    sample = Sample([normal(*switches.shape, seed=2), switches, weight], options)
+    check_values(step, torchs, torchs, sample, backend.device, torch.float32, layout)
 
 
 @LAYOUTS
