@@ -186,6 +186,22 @@ def test_out_is_registered(backend):
         check_registration(ops.relu_max_pool2d, Sample(sample.tensors, sample.options, differentiable=False))
 
 
+@NATIVE
+def test_out_compiles(backend):
+    """In one graph, with what follows it."""
+    sample = sample_inputs()[0].on(backend.device, torch.float32)
+    x, expected = sample.tensors[0].detach(), sample.call(ops.relu_max_pool2d)
+
+    def twice(x, output, switches):
+        return 2 * ops.relu_max_pool2d(x, **sample.options, out=(output, switches))[0]
+
+    torch.compiler.reset()
+    results = [torch.zeros_like(e).detach() for e in expected]
+    doubled = torch.compile(twice, fullgraph=True, backend="aot_eager")(x, *results)
+    assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+    assert torch.equal(doubled, 2 * expected[0])
+
+
 def test_the_same_bits_with_any_number_of_threads(backend, threads):
     x = normal(3, 5, 20, 21).float().to(backend.device)
     runs = []

@@ -189,35 +189,37 @@ int box_pixels(const ConvShape& s, Dtype dtype) {
     return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
 }
 
+// For windows that fit no block: the maps of one image at a time, behind the packed weights.
+void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
+              Address output, Address switches, Address workspace, const Exec& exec) {
+    const std::int64_t images = s.batch, bytes = element_bytes(dtype);
+    const Address maps{workspace.as<char>() + packed_weights<false>(s, dtype)};
+    s.batch = pool.batch = 1;
+    for (std::int64_t n = 0; n < images; ++n) {
+        const std::int64_t to = n * pool.output().step_image();
+        const Address from{image.as<char>() + n * s.image().step_image() * bytes};
+        conv2d(s, dtype, Gate::none, from, weight, bias, Address{}, maps, workspace, exec);
+        max_pool2d(pool, dtype, true, maps, Address{output.as<char>() + to * bytes},
+                   Address{switches.as<char>() + to}, exec);
+    }
+}
+
 }  // namespace
 
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
                                               Dtype dtype, const Exec&) {
     const std::int64_t packed = packed_weights<false>(s, dtype);
     if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed;
-    return packed + s.maps().step_image() * (dtype == Dtype::float32 ? 4 : 8);
+    return packed + s.maps().step_image() * element_bytes(dtype);
 }
 
 void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
                             Address weight, Address bias, Address output, Address switches,
                             Address workspace, const Exec& exec) {
-    pack_weights<false>(s, dtype, weight, workspace, exec);
     PoolPlan plan(pool);
-    if (!plan.choose(box_pixels(s, dtype))) {
-        ConvShape one = s;
-        PoolShape window = pool;
-        one.batch = window.batch = 1;
-        const std::int64_t bytes = dtype == Dtype::float32 ? 4 : 8;
-        const Address maps{workspace.as<char>() + packed_weights<false>(s, dtype)};
-        for (std::int64_t n = 0; n < s.batch; ++n) {
-            const Address from{image.as<char>() + n * s.image().step_image() * bytes};
-            const std::int64_t at = n * pool.output().step_image();
-            tap_gemm<false>(one, dtype, Gate::none, from, workspace, bias, Address{}, maps, exec);
-            max_pool2d(window, dtype, true, maps, Address{output.as<char>() + at * bytes},
-                       Address{switches.as<char>() + at}, exec);
-        }
-        return;
-    }
+    if (!plan.choose(box_pixels(s, dtype)))
+        return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
+    pack_weights<false>(s, dtype, weight, workspace, exec);
     TapPlan p = tap_plan<false>(s, dtype, Gate::none);
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);

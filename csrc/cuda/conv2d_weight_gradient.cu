@@ -305,8 +305,7 @@ void gradients(const ConvShape& s, bool rectified, Address image, Address signal
 }  // namespace
 
 std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return (weight_partials(s) + bias_splits(s).count * s.out_channels) *
-           (dtype == Dtype::float32 ? 4 : 8);
+    return (weight_partials(s) + bias_splits(s).count * s.out_channels) * element_bytes(dtype);
 }
 
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,

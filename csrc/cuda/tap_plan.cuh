@@ -97,8 +97,7 @@ template <bool kTransposed>
 std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
-    return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
-           (dtype == Dtype::float32 ? 4 : 8);
+    return s.groups * s.taps() * channels * padded_columns(columns, dtype) * element_bytes(dtype);
 }
 
 template <bool kTransposed>

@@ -25,6 +25,8 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kSize>& vect
     *reinterpret_cast<Vector<T, kSize>*>(to) = vector;
 }
 
+inline std::int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
+
 // Whether every address (null included) suits the widest vectors.
 template <typename... Addresses>
 bool aligned(Addresses... addresses) {

@@ -81,8 +81,6 @@ __global__ void __launch_bounds__(kThreads)
         to[i] = T(0);
 }
 
-std::int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
-
 // Windows whose maps are in the workspace at a time.
 std::int64_t chunk_windows(const WindowShape& s, Dtype dtype) {
     const std::int64_t bytes = s.out_height * s.out_width * s.out_channels * element_bytes(dtype);
