@@ -27,9 +27,6 @@
 namespace zfcuda {
 namespace {
 
-// An input of more bytes than this comes from memory, and is fetched ahead of its windows.
-constexpr std::int64_t kCached = 1 << 20;
-
 // Elements x, x + step, … of a row; those outside it lose against everything.
 template <typename T, typename Step>
 typename Lanes<T>::Value load_columns(const T* row, std::int64_t x, Step step, std::int64_t width) {

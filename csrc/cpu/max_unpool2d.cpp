@@ -15,8 +15,13 @@
 // both in turn, buffers reused), torch 2.13 / ours, channels_last:
 //   unpool1 4.3   unpool2 1.8   unpool5 0.8   (torch: the backward pass of its pool)
 //   contiguous: 1.4, 1.5, 0.7
-// Lost: bytes widened to integers in one step, which is scalar code in GCC 12 (2-3 times slower).
+// switch_gather, beside torch's gather by int64 indices: channels_last 1.5, 1.0, 1.1, contiguous
+// 0.85, 0.5, 0.25: small planes have short rows. It reads all taps of a small window as vectors; a
+// value at a time channels_last takes 2.6 times as long. The check: a twentieth of either in
+// channels_last. Lost: bytes widened to integers in one step, which is scalar code in GCC 12 (2-3
+// times slower).
 #include "parallel.h"
+#include "pool_row.h"
 #include "unpool_rows.h"
 
 namespace zfcuda {
@@ -94,6 +99,76 @@ auto with_row(const PoolShape& s, std::int64_t row, Body&& body) {
                            : body(image / s.channels, image % s.channels, oy);
 }
 
+// Up to so many taps it is faster to read all of them than the one of each switch.
+constexpr std::int64_t kSelected = 16;
+
+// `vectors` vectors of channels of one window, or the first `lanes` lanes of one: all taps are
+// read, and the lanes kept whose switch it is.
+template <int vectors, typename T>
+void select_channels(const T* corner, const TapList& taps, const std::uint8_t* switches,
+                     std::int64_t lanes, T* pooled) {
+    using V = Lanes<T>;
+    typename V::Integer where[vectors];
+    typename V::Value value[vectors] = {};
+    for (int v = 0; v < vectors; ++v) where[v] = V::load_bytes(switches + v * V::count, lanes);
+    for (std::int64_t t = 0; t < taps.count; ++t) {
+        const auto tap = static_cast<typename V::Int>(taps.tap[t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+            const typename V::Value there = V::load(corner + taps.offset[t] + v * V::count, lanes);
+            value[v] = where[v] == tap ? there : value[v];
+        }
+    }
+    for (int v = 0; v < vectors; ++v) V::store(pooled + v * V::count, value[v], lanes);
+}
+
+// One row of windows of a channels_last tensor.
+template <typename T>
+void select_row(const PoolShape& s, std::int64_t n, std::int64_t oy, const T* unpooled,
+                const std::uint8_t* switches, T* pooled) {
+    constexpr std::int64_t count = Lanes<T>::count;
+    const Layout in = s.input();
+    const bool ahead = s.inputs() * std::int64_t(sizeof(T)) > kCached;
+    const std::int64_t row = s.output().offset(n, 0, oy, 0);
+    for_windows_of_row(
+        s, oy, unpooled + n * in.step_image(), [&](std::int64_t y) { return y * in.step_y(); },
+        s.channels, ahead,
+        [&](std::int64_t ox, const T* corner, const TapList& taps) {
+            const std::uint8_t* const where = switches + row + ox * s.channels;
+            T* const to = pooled + row + ox * s.channels;
+            std::int64_t c = 0;
+            for (; c + 4 * count <= s.channels; c += 4 * count)
+                select_channels<4>(corner + c, taps, where + c, count, to + c);
+            for (; c < s.channels; c += count)
+                select_channels<1>(corner + c, taps, where + c, std::min(count, s.channels - c),
+                                   to + c);
+        });
+}
+
+// One row of windows of a plane, or of all channels, a value at a time.
+template <typename T>
+void gather_row(const PoolShape& s, const Distances& distances, std::int64_t n, std::int64_t c,
+                std::int64_t oy, const T* unpooled, const std::uint8_t* switches, T* pooled) {
+    for_row(s, n, c, oy, [&](std::int64_t window, std::int64_t corner) {
+        const T* const from = unpooled + corner;
+        if (!s.channels_last)
+            pooled[window] = from[distances.to[switches[window]]];
+        else
+            for (std::int64_t i = 0; i < s.channels; ++i)
+                pooled[window + i] = from[distances.to[switches[window + i]] + i];
+    });
+}
+
+// The windows of row oy that lie inside the input as a whole.
+Span whole_windows(const PoolShape& s, std::int64_t oy) {
+    const std::int64_t high = (s.kernel_h - 1) * s.dilation_h,
+                       wide = (s.kernel_w - 1) * s.dilation_w;
+    const std::int64_t top = oy * s.stride_h - s.padding_h;
+    Span whole(-s.padding_w, s.out_width, s.stride_w, s.in_width - wide);
+    if (top < 0 || top + high >= s.in_height || whole.first > whole.last) whole.last = whole.first;
+    return whole;
+}
+
 }  // namespace
 
 void max_unpool2d(const PoolShape& s, Dtype dtype, bool overwrite, Address pooled, Address switches,
@@ -127,14 +202,14 @@ void switch_gather(const PoolShape& s, Dtype dtype, bool overwrite, Address unpo
         auto* to = pooled.as<T>();
         parallel_for(row_images(s) * s.out_height, exec, [&](std::int64_t row) {
             with_row(s, row, [&](std::int64_t n, std::int64_t c, std::int64_t oy) {
-                std::int64_t ox = 0;
-                for_row(s, n, c, oy, [&](std::int64_t window, std::int64_t corner) {
-                    for (std::int64_t i = 0; i < lanes; ++i)
-                        to[window + i] = from[corner + distances.to[taps[window + i]] + i];
-                    for (std::int64_t i = 0; overwrite && i < lanes; ++i)
-                        if (overwritten(s, n, c + i, oy, ox, window + i, taps)) to[window + i] = 0;
-                    ++ox;
-                });
+                if (s.channels_last && s.kernel_h * s.kernel_w <= kSelected)
+                    select_row(s, n, oy, from, taps, to);
+                else
+                    gather_row(s, distances, n, c, oy, from, taps, to);
+                const std::int64_t first = s.output().offset(n, c, oy, 0);
+                for (std::int64_t i = 0; overwrite && i < s.out_width * lanes; ++i)
+                    if (overwritten(s, n, c + i % lanes, oy, i / lanes, first + i, taps))
+                        to[first + i] = 0;
             });
         });
     });
@@ -145,21 +220,32 @@ void find_invalid_switch(const PoolShape& s, Address switches, Address first_inv
     const auto* taps = switches.as<const std::uint8_t>();
     const std::int64_t lanes = s.channels_last ? s.channels : 1;
     const std::int64_t none = s.outputs(), window_size = s.kernel_h * s.kernel_w;
-    const auto inside = [&](std::int64_t oy, std::int64_t ox, std::int64_t tap) {
-        const Position at = pointed(s, oy, ox, tap);
-        return at.y >= 0 && at.y < s.in_height && at.x >= 0 && at.x < s.in_width;
-    };
+    std::int64_t down[256], right[256];  // from a window's first position to that of each tap
+    for (std::int64_t tap = 0; tap < window_size; ++tap) {
+        down[tap] = tap / s.kernel_w * s.dilation_h;
+        right[tap] = tap % s.kernel_w * s.dilation_w;
+    }
     const auto first_of_row = [&](std::int64_t n, std::int64_t c, std::int64_t oy) {
         const std::int64_t row = s.output().offset(n, c, oy, 0);
+        // Switches of whole windows need only be less than the window's size.
+        Span whole = whole_windows(s, oy);
+        std::uint8_t largest = 0;
+        for (std::int64_t i = whole.first * lanes; i < whole.last * lanes; ++i)
+            largest = std::max(largest, taps[row + i]);
+        if (largest >= window_size) whole.last = whole.first;
         for (std::int64_t ox = 0; ox < s.out_width; ++ox) {
-            const std::uint8_t* window = taps + row + ox * lanes;
-            std::uint8_t largest = 0;
-            for (std::int64_t i = 0; i < lanes; ++i) largest = std::max(largest, window[i]);
-            if (largest < window_size && inside(oy, ox, 0) && inside(oy, ox, window_size - 1))
+            if (ox == whole.first && whole.last > ox) {
+                ox = whole.last - 1;
                 continue;
-            for (std::int64_t i = 0; i < lanes; ++i)
-                if (window[i] >= window_size || !inside(oy, ox, window[i]))
-                    return row + ox * lanes + i;
+            }
+            const std::int64_t top = oy * s.stride_h - s.padding_h;
+            const std::int64_t left = ox * s.stride_w - s.padding_w;
+            for (std::int64_t i = ox * lanes; i < (ox + 1) * lanes; ++i) {
+                const std::uint8_t tap = taps[row + i];
+                if (tap >= window_size) return row + i;
+                const std::int64_t y = top + down[tap], x = left + right[tap];
+                if (y < 0 || y >= s.in_height || x < 0 || x >= s.in_width) return row + i;
+            }
         }
         return none;
     };

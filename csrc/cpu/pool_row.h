@@ -1,5 +1,5 @@
 // The maxima of windows and their switches, a vector of outputs at a time: what max_pool2d.cpp and
-// conv2d_relu_max_pool2d.cpp share.
+// conv2d_relu_max_pool2d.cpp share; and the walk over windows, which switch_gather shares too.
 //
 //   channels_last   lanes are the channels of one window; four vectors together, so that a tap's
 //                   address is computed once for them
@@ -36,6 +36,9 @@ inline Span row_span(const PoolShape& s, std::int64_t oy) {
 inline Span column_span(const PoolShape& s, std::int64_t ox) {
     return Span(ox * s.stride_w - s.padding_w, s.kernel_w, s.dilation_w, s.in_width);
 }
+
+// A tensor of more bytes than this comes from memory, and is fetched ahead of its windows.
+constexpr std::int64_t kCached = 1 << 20;
 
 // What a maximum starts from.
 template <typename T>
@@ -93,16 +96,15 @@ void pool_channels(const T* corner, const TapList& taps, T start, std::int64_t l
         pool_channels<vectors, true>(corner, taps, start, lanes, output, switches);
 }
 
-// One row of windows, oy. Row y of the input begins at input + row(y); input and output have
-// `in_step` and `out_step` elements from pixel to pixel, of which `channels` are pooled.
-// `ahead` fetches what the windows to come will read, for an input that comes from memory.
-template <typename T, typename Row>
-void pool_row(const PoolShape& s, std::int64_t oy, const T* input, Row&& row, std::int64_t in_step,
-              std::int64_t channels, T start, bool ahead, T* output, std::uint8_t* switches,
-              std::int64_t out_step) {
-    constexpr std::int64_t count = Lanes<T>::count, line = 64 / sizeof(T), distance = 8;
+// body(ox, corner, taps) for the windows of row oy; row y of the input begins at input + row(y),
+// its pixels are `step` elements apart. `ahead` fetches what the windows to come will read, for an
+// input that comes from memory.
+template <typename T, typename Row, typename Body>
+void for_windows_of_row(const PoolShape& s, std::int64_t oy, const T* input, Row&& row,
+                        std::int64_t step, bool ahead, Body&& body) {
+    constexpr std::int64_t line = 64 / sizeof(T), distance = 8;
     const Span rows = row_span(s, oy);
-    const std::int64_t top = oy * s.stride_h - s.padding_h, step = s.stride_w * in_step;
+    const std::int64_t top = oy * s.stride_h - s.padding_h, stride = s.stride_w * step;
     const std::int64_t fresh = std::max(rows.first, s.kernel_h - s.stride_h);
     TapList taps;
     Span columns(0, 0, 1, 1);
@@ -112,24 +114,37 @@ void pool_row(const PoolShape& s, std::int64_t oy, const T* input, Row&& row, st
             taps.count = 0;
             for (std::int64_t i = rows.first; i < rows.last; ++i)
                 for (std::int64_t j = columns.first; j < columns.last; ++j) {
-                    taps.offset[taps.count] =
-                        row(top + i * s.dilation_h) + j * s.dilation_w * in_step;
+                    taps.offset[taps.count] = row(top + i * s.dilation_h) + j * s.dilation_w * step;
                     taps.tap[taps.count++] = i * s.kernel_w + j;
                 }
         }
-        const T* const corner = input + ox * step - s.padding_w * in_step;
+        const T* const corner = input + ox * stride - s.padding_w * step;
         for (std::int64_t i = fresh; ahead && i < rows.last; ++i)
-            for (std::int64_t k = 0; k < step; k += line)
-                __builtin_prefetch(corner + row(top + i * s.dilation_h) + distance * step + k);
-        T* const to = output + ox * out_step;
-        std::uint8_t* const where = switches + ox * out_step;
-        std::int64_t c = 0;
-        for (; c + 4 * count <= channels; c += 4 * count)
-            pool_channels<4, false>(corner + c, taps, start, count, to + c, where + c);
-        for (; c < channels; c += count)
-            pool_channels<1, false>(corner + c, taps, start, std::min(count, channels - c), to + c,
-                                    where + c);
+            for (std::int64_t k = 0; k < stride; k += line)
+                __builtin_prefetch(corner + row(top + i * s.dilation_h) + distance * stride + k);
+        body(ox, corner, taps);
     }
+}
+
+// One row of windows, oy: maxima and switches of `channels` channels, `out_step` elements from
+// window to window.
+template <typename T, typename Row>
+void pool_row(const PoolShape& s, std::int64_t oy, const T* input, Row&& row, std::int64_t in_step,
+              std::int64_t channels, T start, bool ahead, T* output, std::uint8_t* switches,
+              std::int64_t out_step) {
+    constexpr std::int64_t count = Lanes<T>::count;
+    for_windows_of_row(
+        s, oy, input, row, in_step, ahead,
+        [&](std::int64_t ox, const T* corner, const TapList& taps) {
+            T* const to = output + ox * out_step;
+            std::uint8_t* const where = switches + ox * out_step;
+            std::int64_t c = 0;
+            for (; c + 4 * count <= channels; c += 4 * count)
+                pool_channels<4, false>(corner + c, taps, start, count, to + c, where + c);
+            for (; c < channels; c += count)
+                pool_channels<1, false>(corner + c, taps, start, std::min(count, channels - c),
+                                        to + c, where + c);
+        });
 }
 
 }  // namespace zfcuda
