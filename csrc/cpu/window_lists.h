@@ -53,7 +53,7 @@ void append_lists(const WindowShape& s, const MapReader<T>& maps, std::int64_t w
         };
         for (std::int64_t y = 0; y < s.out_height; ++y)
             maps.template read_row<mask()>(
-                window, y, 1, channels, start, [&](std::int64_t x, const auto& written) {
+                window, y, channels, start, [&](std::int64_t x, const auto& written) {
                     if (written.count == 0) return;
                     const std::int64_t pixel = y * s.stride_h * s.in_width + x * s.stride_w;
                     lists.items[lists.count++] = {target + pixel * s.in_channels, lists.used,

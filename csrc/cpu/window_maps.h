@@ -86,20 +86,20 @@ class MapReader {
                  : body(bool_constant<false>{}, bool_constant<false>{});
     }
 
-    // For each position x = 0, step, 2 step, …, 1, 1 + step, … of row y: take = make(), then
-    // take.add(c, value) for each vector of channels in order, masked by `mask` but not yet
-    // rectified (of a part of a vector the other lanes are 0), then done(x, take).
+    // For each position x of row y: take = make(), then take.add(c, value) for each vector of
+    // channels in order, masked by `mask` but not yet rectified (of a part of a vector the other
+    // lanes are 0), then done(x, take).
     template <bool mask, typename Make, typename Done>
-    void read_row(std::int64_t window, std::int64_t y, std::int64_t step, Channels channels,
-                  Make&& make, Done&& done) const {
-        if (!switches) return read_row_as<mask, kNoPool>(window, y, step, channels, make, done);
+    void read_row(std::int64_t window, std::int64_t y, Channels channels, Make&& make,
+                  Done&& done) const {
+        if (!switches) return read_row_as<mask, kNoPool>(window, y, channels, make, done);
         switch (rows_at[y].count) {
             case 1:
-                return read_row_as<mask, 1>(window, y, step, channels, make, done);
+                return read_row_as<mask, 1>(window, y, channels, make, done);
             case 2:
-                return read_row_as<mask, 2>(window, y, step, channels, make, done);
+                return read_row_as<mask, 2>(window, y, channels, make, done);
             default:
-                return read_row_as<mask, kAny>(window, y, step, channels, make, done);
+                return read_row_as<mask, kAny>(window, y, channels, make, done);
         }
     }
 
@@ -120,8 +120,8 @@ class MapReader {
     };
 
     template <bool mask, int down, typename Make, typename Done>
-    ZF_INLINE void read_row_as(std::int64_t window, std::int64_t y, std::int64_t step,
-                               Channels channels, Make&& make, Done&& done) const {
+    ZF_INLINE void read_row_as(std::int64_t window, std::int64_t y, Channels channels, Make&& make,
+                               Done&& done) const {
         const Covering above = rows_at[y];
         const std::int64_t depth = s.out_channels, pitch = columns.windows * depth;
         const std::int64_t row = (window * rows.windows + above.first) * pitch;
@@ -137,28 +137,27 @@ class MapReader {
                      0};
         const std::int64_t down_end = above.count - 1;
         const bool first_row = above.tap - down_end * rows.tap_step == 0;
-        for (std::int64_t phase = 0; phase < step; ++phase)
-            for (std::int64_t x = phase; x < width; x += step) {
-                auto take = make();
-                if constexpr (down == kNoPool) {
-                    from.at = (position + x) * depth;
-                    take = add_vectors<mask, kNoPool, 1>(from, position + x, channels, take);
-                } else {
-                    const Covering beside = columns_at[x];
-                    from.at = row + beside.first * depth;
-                    from.tap = above.tap * columns.kernel + beside.tap;
-                    from.across = beside.count;
-                    if (first_row && beside.tap == (beside.count - 1) * columns.tap_step)
-                        prefetch(from.offset(down_end, beside.count - 1) + pitch, channels);
-                    if (down > 0 && beside.count == 1)
-                        take = add_vectors<mask, down, 1>(from, position + x, channels, take);
-                    else if (down > 0 && beside.count == 2)
-                        take = add_vectors<mask, down, 2>(from, position + x, channels, take);
-                    else
-                        take = add_vectors<mask, kAny, 1>(from, position + x, channels, take);
-                }
-                done(x, take);
+        for (std::int64_t x = 0; x < width; ++x) {
+            auto take = make();
+            if constexpr (down == kNoPool) {
+                from.at = (position + x) * depth;
+                take = add_vectors<mask, kNoPool, 1>(from, position + x, channels, take);
+            } else {
+                const Covering beside = columns_at[x];
+                from.at = row + beside.first * depth;
+                from.tap = above.tap * columns.kernel + beside.tap;
+                from.across = beside.count;
+                if (first_row && beside.tap == (beside.count - 1) * columns.tap_step)
+                    prefetch(from.offset(down_end, beside.count - 1) + pitch, channels);
+                if (down > 0 && beside.count == 1)
+                    take = add_vectors<mask, down, 1>(from, position + x, channels, take);
+                else if (down > 0 && beside.count == 2)
+                    take = add_vectors<mask, down, 2>(from, position + x, channels, take);
+                else
+                    take = add_vectors<mask, kAny, 1>(from, position + x, channels, take);
             }
+            done(x, take);
+        }
     }
 
     // A pooling window is met first at its tap 0. The row below it is still in a slower cache, to

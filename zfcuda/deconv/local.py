@@ -87,13 +87,16 @@ class Local:
         signs = starts.sign().nan_to_num()
         (unit, sign), kind = _kinds(units, signs.long() + 1)
         signal = self._start(unit, (sign - 1).to(starts))
-        for i, step in enumerate(self.steps[: self.shared]):
+        below = self.steps[self.shared].stage if self.shared < len(self.steps) else None
+        for i, step in enumerate(self.steps[: self.shared], 1):
             signal = step(signal, None, kept)
             before, outside = kind, step.stage.image.outside(positions)
-            if i + 1 < self.shared:
+            if i < self.shared:
                 (before, *columns), kind = _kinds(kind, *outside.unbind(1))
                 outside = torch.stack(columns, 1)
-            signal = signal[before].masked_fill_(step.stage.image.padding(outside), 0)
+            signal = signal.index_select(0, before)
+            if i < self.shared or not below or not below.pool:  # switches put nothing from outside the map back
+                signal.masked_fill_(step.stage.image.padding(outside), 0)
         return signal.mul_(starts.abs()[:, None, None, None])
 
     def _start(self, units: Tensor, starts: Tensor) -> Tensor:
