@@ -214,7 +214,7 @@ REFUSED = [
     (RuntimeError, "switches has dtype", lambda v, s: ops.max_unpool2d(v, s.long(), 2)),
     (RuntimeError, "switches has shape", lambda v, s: ops.max_unpool2d(v, s[:, :1], 2)),
     (RuntimeError, "switches is on", lambda v, s: ops.max_unpool2d(v, s.to("meta"), 2)),
-    (RuntimeError, "input has shape", lambda v, s: ops.max_unpool2d(v[0], s[0], 2)),
+    (RuntimeError, "input has shape", lambda v, s: ops.max_unpool2d(v[0, 0], s[0, 0], 2)),
     (RuntimeError, "input has dtype", lambda v, s: ops.max_unpool2d(v.bfloat16(), s, 2)),
     (RuntimeError, "output_size", lambda v, s: ops.max_unpool2d(v, s, 2, output_size=(8, 8))),
     (RuntimeError, "output_size", lambda v, s: ops.max_unpool2d(v, s, 2, output_size=(4, 6))),

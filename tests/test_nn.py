@@ -21,6 +21,10 @@ def pairs():
             nn.Sequential(nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), nn.ReLU()),
             zf.ConvReLU2d(3, 6, (3, 2), groups=3, bias=False),
         ),
+        "conv of the same size": (
+            nn.Sequential(nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), nn.ReLU()),
+            zf.ConvReLU2d(3, 4, (4, 3), padding="same", dilation=(1, 2)),
+        ),
         "pool": (nn.MaxPool2d(3, 2, 1, 1, False, True), zf.MaxPool2d(3, 2, 1, 1, False, True)),
         "pool, stride of the window": (nn.MaxPool2d(2), zf.MaxPool2d(2)),
         "norm": (nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0), zf.LocalResponseNorm(5, 5e-4, 0.75, 2.0)),
@@ -73,7 +77,6 @@ def test_repr():
     ("error", "message", "call"),
     [
         (RuntimeError, "padding_mode is 'reflect'", lambda: zf.ConvReLU2d(3, 4, 3, padding=1, padding_mode="reflect")),
-        (TypeError, "padding is 'same'", lambda: zf.ConvReLU2d(3, 4, 3, padding="same")),
         (RuntimeError, "return_switches", lambda: zf.MaxPool2d(2, return_indices=True, return_switches=True)),
         (ValueError, "overlap is 'max'", lambda: zf.MaxUnpool2d(2, overlap="max")),
     ],

@@ -23,21 +23,15 @@ class ConvReLU2d(nn.Conv2d):
     ------
     RuntimeError
         If ``padding_mode`` is not ``"zeros"``.
-    TypeError
-        If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
-
-    padding: tuple[int, int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise RuntimeError(f"padding_mode is {self.padding_mode!r}; it must be 'zeros': pad the input instead")
-        if isinstance(self.padding, str):
-            raise TypeError(f"padding is {self.padding!r}; it must be an int or two ints (height, width)")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in_channels, height, width) to (batch, out_channels, …), rectified."""
+        """(batch, in_channels, height, width) to (batch, out_channels, …), rectified; the batch may be missing."""
         return ops.conv2d_relu(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 

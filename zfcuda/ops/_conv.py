@@ -14,14 +14,13 @@ from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import (
-    NAMESPACE,
     check_at_least,
     check_tensor,
     dense,
     empty,
-    first_derivative_only,
     memory_format,
 )
+from zfcuda.ops._register import operator
 
 
 class Filters(NamedTuple):
@@ -101,10 +100,11 @@ def convolve(
     return maps
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_gated", mutates_args=())
+@operator("conv2d_gated", batched=("image", "forward"))
 def conv2d_gated(
     image: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     forward: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -112,15 +112,16 @@ def conv2d_gated(
     groups: int,
     maps_size: Sequence[int],
 ) -> Tensor:
-    """Convolution without bias, zero where ``forward <= 0``: the gradient of ``deconv2d`` by its signal."""
+    """Convolution, zero where ``forward <= 0``: the gradient of ``deconv2d`` by its signal."""
     gate = "none" if forward is None else "backprop"
-    return convolve(image, weight, None, forward, Filters(stride, padding, dilation, groups), gate, maps_size)
+    return convolve(image, weight, bias, forward, Filters(stride, padding, dilation, groups), gate, maps_size)
 
 
 @conv2d_gated.register_fake
 def _(
     image: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     forward: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -131,7 +132,7 @@ def _(
     return empty(image, [image.size(0), weight.size(0), *maps_size], memory_format(image))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_weight_gradient", mutates_args=())
+@operator("conv2d_weight_gradient")
 def conv2d_weight_gradient(
     image: Tensor,
     signal: Tensor,
@@ -174,7 +175,3 @@ def _(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), weight.new_empty(signal.size(1) if with_bias else 0)
-
-
-first_derivative_only(conv2d_gated, "deconv2d")
-first_derivative_only(conv2d_weight_gradient, "conv2d_relu and zfcuda.ops.deconv2d")

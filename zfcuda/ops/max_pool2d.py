@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, flag, memory_format, pair, tensor
+from zfcuda.ops._common import check_tensor, dense, empty, flag, is_image, memory_format, pair, tensor
 from zfcuda.ops._pool import Window
+from zfcuda.ops._register import entry, operator
 from zfcuda.ops.max_unpool2d import unpool
 
 __all__ = ["max_pool2d"]
 
 
+@entry()
 def max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int],
@@ -31,7 +33,7 @@ def max_pool2d(
     Parameters
     ----------
     input
-        (batch, channels, height, width), float32 or float64, any strides.
+        (batch, channels, height, width), or one image without the batch; float32 or float64, any strides.
     kernel_size, stride, padding, dilation, ceil_mode
         As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
         positions.
@@ -54,6 +56,9 @@ def max_pool2d(
     -----
     Differentiable any number of times with respect to ``input``; only the switches are kept for it.
     """
+    if is_image(input):
+        output, switches = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode)
+        return output.squeeze(0), switches.squeeze(0)
     kernel = pair("kernel_size", kernel_size)
     return _max_pool2d(
         tensor("input", input),
@@ -74,7 +79,7 @@ def _allocate(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, T
     return empty(input, size, layout), empty(input, size, layout, torch.uint8), layout
 
 
-@torch.library.custom_op(f"{NAMESPACE}::max_pool2d", mutates_args=())
+@operator("max_pool2d", batched=("input",))
 def _max_pool2d(
     input: Tensor,
     kernel_size: Sequence[int],
@@ -119,4 +124,4 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     return grad, None, None, None, None, None
 
 
-_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
+_max_pool2d.register_autograd(_backward, _setup_context)

@@ -1,0 +1,224 @@
+"""How an operator meets torch: :class:`Operator` registers it once, :func:`entry` makes the function that users call.
+
+A call takes one of two ways. The registered operator is the rule: torch's dispatcher brings it gradients, tracing,
+vmap, the profiler and everything else. An eager call of plain tensors without gradients, which has been made before
+with arguments of the same kind, is repeated by a memo of the core (``csrc/memo.h``) instead: the dispatcher would take
+longer than the kernel of a small tensor. :data:`GUARDS` says what a plain call is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils import _pytree as pytree
+
+from zfcuda import core
+
+NAMESPACE = "zfcuda"
+
+#: An operator lives as long as this.
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Operator:
+    """An implementation, registered under a name of the namespace ``zfcuda``. Calling it calls the dispatcher.
+
+    Parameters
+    ----------
+    name
+        In ``torch.ops.zfcuda`` and in profiles.
+    implementation
+        What runs on dense tensors of the CPU or of CUDA; its type hints are the schema.
+    batched
+        Names of the tensors whose first dimension is the batch, if it is also the first dimension of every result
+        and images do not meet: vmap then adds its dimension to the batch. Otherwise it calls the operator in a loop.
+    """
+
+    def __init__(self, name: str, implementation: Callable[..., Any], batched: Sequence[str] = ()) -> None:
+        schema = torch.library.infer_schema(implementation, mutates_args=())
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.name = f"{NAMESPACE}::{name}"
+        _LIBRARY.impl(name, self._without_tangents(implementation), "CompositeExplicitAutograd")
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._batched = [n in batched for n in inspect.signature(implementation).parameters]
+        torch.library.register_vmap(self.name, functools.partial(self._vmap, self.overload), lib=_LIBRARY)
+
+    def __call__(self, *args: Any) -> Any:
+        if not is_dynamo_compiling() and (
+            _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        ):
+            return self._function.apply(*args)
+        return self.overload(*args)
+
+    def register_fake(self, fake: Function) -> Function:
+        """``fake`` gives tensors of the results' sizes, dtypes and strides for tensors without data."""
+        torch.library.register_fake(self.name, self._without_tangents(fake), lib=_LIBRARY)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+        """As ``torch.library.register_autograd``, and for torch.func too, whose transforms that does not know."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+        methods = {
+            "forward": self.overload,
+            "setup_context": setup_context or _nothing,
+            "backward": backward,
+            "jvp": self._jvp,
+            "vmap": functools.partial(self._vmap, self),
+        }
+        names = {name: staticmethod(method) for name, method in methods.items()}
+        self._function: Any = type(self.name.replace("::", "_"), (torch.autograd.Function,), names)
+
+    def _without_tangents(self, kernel: Function) -> Function:
+        """Forward-mode derivatives pass torch.library's autograd in silence, and would be zero."""
+
+        @functools.wraps(kernel)
+        def checked(*args: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                floating = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+                if any(forward_ad.unpack_dual(t).tangent is not None for t in floating):
+                    self._jvp()
+            return kernel(*args)
+
+        return cast(Function, checked)
+
+    def _jvp(self, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{self.name} has no forward-mode derivative, but got a tensor with a tangent; go backwards: "
+            "torch.func.vjp, torch.func.jacrev, torch.autograd.functional.jvp"
+        )
+
+    def _vmap(self, call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        mapped = [isinstance(a, Tensor) and d is not None for a, d in zip(args, in_dims, strict=True)]
+        moved = [a.movedim(d, 0) if m else a for a, d, m in zip(args, in_dims, mapped, strict=True)]
+        size = info.batch_size
+        if all(b or not m for b, m in zip(self._batched, mapped, strict=True)):
+            tensors = [b and isinstance(a, Tensor) for a, b in zip(args, self._batched, strict=True)]
+            folded = [
+                (a if m else a.expand(size, *a.shape)).flatten(0, 1) if t else a
+                for a, m, t in zip(moved, mapped, tensors, strict=True)
+            ]
+            results = pytree.tree_map(lambda r: r.unflatten(0, (size, r.size(0) // size)), call(*folded))
+        else:
+            one_by_one = [call(*(a[i] if m else a for a, m in zip(moved, mapped, strict=True))) for i in range(size)]
+            results = pytree.tree_map(lambda *r: torch.stack(r), *one_by_one)
+        return results, pytree.tree_map(lambda _: 0, results)
+
+
+def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """The context of a gradient that is refused."""
+
+
+def operator(name: str, batched: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: :class:`Operator` of the decorated implementation."""
+    return lambda implementation: Operator(name, implementation, batched)
+
+
+def not_differentiable(operator: Operator, name: str, remedy: str) -> None:
+    """Make ``operator``, which computes ``name``, refuse a backward pass through its results.
+
+    Inputs that require gradients are welcome: a network's weights do.
+    """
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"zfcuda.ops.{name} is not differentiable, but a gradient was asked for; {remedy}")
+
+    operator.register_autograd(backward)
+
+
+# ---------------------------------------------------------------- what users call
+
+#: A call is plain if each of these returns something false: no dispatch or function mode, no transform of
+#: torch.func, no profiler, no tracing, no autocast. The memo adds that there are no forward-mode derivatives, and that
+#: tensors are exactly Tensor or Parameter, strided, on the CPU or CUDA, and that nobody asks for their gradients.
+GUARDS: list[Callable[[], Any]] = [
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    _functorch.peek_interpreter_stack,
+    torch.autograd._profiler_enabled,
+    torch._C._is_tracing,
+    torch._C._is_any_autocast_enabled,
+]
+
+
+def entry(*, casts: bool = False) -> Callable[[Function], Function]:
+    """Decorator of the function that users call, which checks types and calls an :class:`Operator`.
+
+    What it computes may depend on the values of tensors only through the kernels that it runs and through
+    :func:`zfcuda.core.find`; otherwise it must not be repeated from a memo: decorate it by `traceable`.
+
+    Parameters
+    ----------
+    casts
+        Autocast converts the tensors to its active dtype, as it does for torch's convolutions. Where there are no
+        kernels for a dtype, autocast converts to float32.
+    """
+
+    def decorate(function: Function) -> Function:
+        memo = core.memo(GUARDS)
+        ordinary = traceable(casts=casts)(function)
+        if memo is None:
+            return ordinary
+        recall = memo.recall
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():
+                return ordinary(*args, **kwargs)
+            known = recall(*args, **kwargs)
+            return _first_time(memo, ordinary, args, kwargs) if known is None else known
+
+        return cast(Function, call)
+
+    return decorate
+
+
+def traceable(*, casts: bool = False) -> Callable[[Function], Function]:
+    """As :func:`entry`, but every call is made by the dispatcher."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = (*args, *kwargs.values())
+            if has_torch_function(arguments):
+                return handle_torch_function(call, arguments, *args, **kwargs)
+            tensors = [a for a in arguments if isinstance(a, Tensor)]
+            device = tensors[0].device.type if tensors else ""
+            if device in core.BACKENDS and torch.is_autocast_enabled(device):
+                to = functools.partial(_autocast, torch.get_autocast_dtype(device), casts)
+                return function(*map(to, args), **{name: to(value) for name, value in kwargs.items()})
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
+
+
+def _autocast(active: torch.dtype, casts: bool, value: Any) -> Any:
+    """``value`` in the dtype in which autocast lets an operator compute; float64 is left alone, as torch does."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    if casts and active in core.DTYPES:
+        return value.to(active)
+    return value if value.dtype in core.DTYPES else value.float()
+
+
+def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call, and let the memo repeat it if it is plain and nothing but kernels computed its results."""
+    key = memo.key(*args, **kwargs)
+    if key is None:
+        return function(*args, **kwargs)
+    with core.recording() as record:
+        result = function(*args, **kwargs)
+    record.teach(memo, key, (*args, *kwargs.values()), result)
+    return result
