@@ -126,11 +126,13 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> Non
 
 
 def check_at_least(minimum: int, **arguments: Sequence[int]) -> None:
-    """Check that both numbers of every argument are at least ``minimum``."""
+    """Check that both numbers of every argument are at least ``minimum``, and that sums of them are no overflow."""
     for name, values in arguments.items():
         for value in values:
             if value < minimum:
                 raise RuntimeError(f"{name} is {tuple(values)}; both numbers must be at least {minimum}")
+            if value >= 1 << 31:
+                raise RuntimeError(f"{name} is {tuple(values)}; both numbers must be less than 2^31")
 
 
 def memory_format(value: Tensor) -> torch.memory_format:

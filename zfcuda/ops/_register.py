@@ -49,7 +49,8 @@ class Operator:
         schema = torch.library.infer_schema(implementation, mutates_args=())
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.name = f"{NAMESPACE}::{name}"
-        _LIBRARY.impl(name, self._without_tangents(implementation), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self._batched = [n in batched for n in inspect.signature(implementation).parameters]
         torch.library.register_vmap(self.name, functools.partial(self._vmap, self.overload), lib=_LIBRARY)
@@ -63,12 +64,14 @@ class Operator:
 
     def register_fake(self, fake: Function) -> Function:
         """``fake`` gives tensors of the results' sizes, dtypes and strides for tensors without data."""
-        torch.library.register_fake(self.name, self._without_tangents(fake), lib=_LIBRARY)
+        torch.library.register_fake(self.name, fake, lib=_LIBRARY)
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-        """As ``torch.library.register_autograd``, and for torch.func too, whose transforms that does not know."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+        """As ``torch.library.register_autograd``, whose gradients torch.func refuses.
+
+        Every operator needs it: what has no gradients must refuse them.
+        """
         methods = {
             "forward": self.overload,
             "setup_context": setup_context or _nothing,
@@ -79,18 +82,15 @@ class Operator:
         names = {name: staticmethod(method) for name, method in methods.items()}
         self._function: Any = type(self.name.replace("::", "_"), (torch.autograd.Function,), names)
 
-    def _without_tangents(self, kernel: Function) -> Function:
-        """Forward-mode derivatives pass torch.library's autograd in silence, and would be zero."""
-
-        @functools.wraps(kernel)
-        def checked(*args: Any) -> Any:
-            if forward_ad._current_level >= 0:
-                floating = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-                if any(forward_ad.unpack_dual(t).tangent is not None for t in floating):
-                    self._jvp()
-            return kernel(*args)
-
-        return cast(Function, checked)
+    def _autograd(self, keyset: Any, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        # Below autograd tangents would be lost in silence, that is, zero.
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            self._jvp()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def _jvp(self, *_: Any) -> Any:
         raise RuntimeError(
@@ -151,44 +151,31 @@ GUARDS: list[Callable[[], Any]] = [
 ]
 
 
-def entry(*, casts: bool = False) -> Callable[[Function], Function]:
+def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], Function]:
     """Decorator of the function that users call, which checks types and calls an :class:`Operator`.
-
-    What it computes may depend on the values of tensors only through the kernels that it runs and through
-    :func:`zfcuda.core.find`; otherwise it must not be repeated from a memo: decorate it by `traceable`.
 
     Parameters
     ----------
     casts
         Autocast converts the tensors to its active dtype, as it does for torch's convolutions. Where there are no
         kernels for a dtype, autocast converts to float32.
+    repeats
+        Plain calls may be repeated from a memo: the values of tensors change nothing but through the kernels that run,
+        and through :func:`zfcuda.core.find`.
     """
 
     def decorate(function: Function) -> Function:
-        memo = core.memo(GUARDS)
-        ordinary = traceable(casts=casts)(function)
-        if memo is None:
-            return ordinary
-        recall = memo.recall
+        memo = core.memo(GUARDS) if repeats else None
+        recall = memo and memo.recall
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if is_dynamo_compiling():
-                return ordinary(*args, **kwargs)
+            if recall is None or is_dynamo_compiling():
+                return ordinary(args, kwargs)
             known = recall(*args, **kwargs)
             return _first_time(memo, ordinary, args, kwargs) if known is None else known
 
-        return cast(Function, call)
-
-    return decorate
-
-
-def traceable(*, casts: bool = False) -> Callable[[Function], Function]:
-    """As :func:`entry`, but every call is made by the dispatcher."""
-
-    def decorate(function: Function) -> Function:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def ordinary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             arguments = (*args, *kwargs.values())
             if has_torch_function(arguments):
                 return handle_torch_function(call, arguments, *args, **kwargs)
@@ -217,8 +204,8 @@ def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], 
     """Make a call, and let the memo repeat it if it is plain and nothing but kernels computed its results."""
     key = memo.key(*args, **kwargs)
     if key is None:
-        return function(*args, **kwargs)
+        return function(args, kwargs)
     with core.recording() as record:
-        result = function(*args, **kwargs)
+        result = function(args, kwargs)
     record.teach(memo, key, (*args, *kwargs.values()), result)
     return result

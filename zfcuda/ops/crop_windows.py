@@ -9,12 +9,12 @@ from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import check_device, check_shape, integer, pair, tensor
-from zfcuda.ops._register import not_differentiable, operator, traceable
+from zfcuda.ops._register import entry, not_differentiable, operator
 
 __all__ = ["crop_windows"]
 
 
-@traceable()
+@entry(repeats=False)
 def crop_windows(input: Tensor, images: Tensor, origins: Tensor, size: int | Sequence[int], fill: int = 0) -> Tensor:
     """Cut a window out of an image for each entry of ``images``.
 

@@ -234,13 +234,14 @@ def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
 def _deconv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     signal, weight, _, stride, padding, _, groups, dilation, gate, forward = inputs
     ctx.filters, ctx.gate = Filters(stride, padding, dilation, groups), gate
-    ctx.signal_size = signal.shape[2:]
+    ctx.signal_size, ctx.layout = signal.shape[2:], memory_format(output)
     needed = ctx.needs_input_grad[1] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, weight, forward)
 
 
 def _deconv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     signal, weight, forward = ctx.saved_tensors
+    grad = dense(grad, ctx.layout)
     needs_signal, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_signal = grad_weight = grad_bias = None
     if needs_signal:

@@ -74,17 +74,19 @@ def _allocate(input: Tensor, size: int) -> tuple[Tensor, torch.memory_format]:
     return empty(input, input.shape, layout), layout
 
 
-def _shape(input: Tensor, size: int, layout: torch.memory_format) -> tuple[int, ...]:
-    """NormShape of csrc/shapes.h."""
-    return *input.shape, size, int(layout == torch.channels_last)
+def _where(input: Tensor, size: int, alpha: float, layout: torch.memory_format) -> tuple[tuple[int, ...], int, float]:
+    """NormShape of csrc/shapes.h, the dtype, and the alpha for it: a window wider than all channels is cut."""
+    seen = min(size, 2 * input.size(1))
+    shape = (*input.shape, seen, int(layout == torch.channels_last))
+    return shape, core.DTYPES[input.dtype], alpha if seen == size else alpha * seen / size
 
 
 @operator("local_response_norm", batched=("input",))
 def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     output, layout = _allocate(input, size)
     if output.numel():
-        where = _shape(input, size, layout), core.DTYPES[input.dtype]
-        core.run("local_response_norm", input, *where, alpha, beta, k, dense(input, layout), output)
+        where = _where(input, size, alpha, layout)
+        core.run("local_response_norm", input, *where, beta, k, dense(input, layout), output)
     return output
 
 
@@ -97,9 +99,9 @@ def _(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
 def _gradient(input: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     grad_input, layout = _allocate(input, size)
     if grad_input.numel():
-        where = _shape(input, size, layout), core.DTYPES[input.dtype]
+        where = _where(input, size, alpha, layout)
         tensors = dense(input, layout), dense(grad, layout), grad_input
-        core.run("local_response_norm_gradient", input, *where, alpha, beta, k, *tensors)
+        core.run("local_response_norm_gradient", input, *where, beta, k, *tensors)
     return grad_input
 
 

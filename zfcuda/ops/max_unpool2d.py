@@ -210,12 +210,13 @@ def _(
 
 def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, switches, *ctx.window, _, ctx.overwrite, _ = inputs
+    ctx.layout = memory_format(output)
     ctx.save_for_backward(switches)
 
 
 def _unpool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
-    return gather(grad, switches, *ctx.window, ctx.overwrite), *(None,) * 8
+    return gather(dense(grad, ctx.layout), switches, *ctx.window, ctx.overwrite), *(None,) * 8
 
 
 def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
