@@ -170,8 +170,8 @@ _HEAD = """# What every operator promises
 Written by `make operators` from `tests/operators.py`; `tests/test_contract.py` runs each property on each operator, on
 every backend present.
 
-| operator | derivatives | one image without a batch | autocast | vmap |
-| --- | --- | --- | --- | --- |
+| operator | derivatives | one image without a batch | autocast computes in |
+| --- | --- | --- | --- |
 """
 
 _FOOT = """
@@ -202,8 +202,7 @@ def table() -> str:
                 f"| `{d.name}`",
                 f"every order, by {', '.join(d.differentiable)}" if d.differentiable else "refused",
                 "yes" if d.unbatched else "—",
-                "its dtype" if d.casts else "any dtype with kernels",
-                "yes |",
+                ("its own dtype" if d.casts else "the tensors' dtype") + ", if there are kernels for it |",
             )
         )
         for d in OPERATORS

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from hypothesis import strategies as st
 from operators import OPERATORS
 from oracles import LAYOUTS, NATIVE
 from torch import Tensor
+
+from simt.build import build
 
 INTEGERS = st.sampled_from([0, 1, 2, 3, 5, -1, -7, 255, 256, 257, 2**31, 2**40, 2**62, 2**63, -(2**63)])
 OTHERS = st.sampled_from([None, True, 1.0, float("nan"), "x", "", "same", "guided", "overwrite", b"1", [], (), {}])
@@ -79,3 +85,26 @@ def test_a_result_or_an_error_that_names_an_argument(backend, declared):
         check(declared, arguments)
 
     run()
+
+
+@pytest.mark.slow
+def test_under_address_and_undefined_behaviour_sanitizers(tmp_path, monkeypatch):
+    """The CPU core, memos and binding included: no access out of bounds, no overflow."""
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    monkeypatch.setenv("CXX", f"{compiler} {flags}")
+    build.ninja(build.cpu_modules()[:1], tmp_path, tmp_path / "work")
+    (module,) = tmp_path.glob("_cpu_baseline*.so")
+    found = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(run.stdout.strip() for run in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "OMP_NUM_THREADS": "2",
+    }
+    script = Path(__file__).with_name("sanitized.py")
+    run = subprocess.run([sys.executable, script, module], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-8000:]
+    assert run.stdout.count("is clean") == len(OPERATORS)

@@ -6,8 +6,8 @@ Both are linear in each tensor apart from the gate, so each is the gradient of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,11 +93,27 @@ def convolve(
     layout = memory_format(image)
     maps = empty(image, [image.size(0), weight.size(0), *maps_size], layout)
     if maps.numel():
-        where = filters.shape(image.shape, maps.shape, weight, layout), core.DTYPES[image.dtype]
-        scratch = core.workspace("conv2d", image, *where)
-        tensors = dense(image, layout), weight.contiguous(), None if bias is None else bias.contiguous()
-        core.run("conv2d", image, *where, core.GATES[gate], *tensors, dense(forward, layout), maps, scratch)
+        fixed = weight.contiguous(), None if bias is None else bias.contiguous()
+        for images, gates, part in in_parts(maps, weight, dense(image, layout), dense(forward, layout), maps):
+            where = filters.shape(images.shape, part.shape, weight, layout), core.DTYPES[image.dtype]
+            scratch = core.workspace("conv2d", image, *where)
+            core.run("conv2d", image, *where, core.GATES[gate], images, *fixed, gates, part, scratch)
     return maps
+
+
+#: Multiplications of one call of the CPU's core, about a second's: between two calls Python looks for Ctrl-C.
+MOST_AT_A_TIME = 1 << 36
+
+
+def in_parts(maps: Tensor, weight: Tensor, *tensors: Any) -> Iterator[tuple[Any, ...]]:
+    """The tensors of a convolution with these maps for some images after others; themselves for few on the CPU."""
+    images = maps.size(0)
+    count = max(1, MOST_AT_A_TIME * images // (maps.numel() * weight[0].numel()))
+    if count >= images or not maps.is_cpu:
+        yield tensors
+        return
+    for first in range(0, images, count):
+        yield tuple(None if t is None else t[first : first + count] for t in tensors)
 
 
 @operator("conv2d_gated", batched=("image", "forward"))

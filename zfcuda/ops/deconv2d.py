@@ -21,7 +21,7 @@ from zfcuda.ops._common import (
     pair,
     tensor,
 )
-from zfcuda.ops._conv import Filters, check_bias, conv2d_gated, conv2d_weight_gradient
+from zfcuda.ops._conv import Filters, check_bias, conv2d_gated, conv2d_weight_gradient, in_parts
 from zfcuda.ops._register import entry, operator
 
 __all__ = ["deconv2d"]
@@ -154,11 +154,11 @@ def deconvolve(
     layout = memory_format(signal)
     image = empty(signal, size, layout)
     if image.numel():
-        where = filters.shape(size, signal.shape, weight, layout), core.DTYPES[signal.dtype]
-        scratch = core.workspace("deconv2d", signal, *where)
-        tensors = dense(signal, layout), dense(forward, layout), weight.contiguous()
-        offset = None if bias is None else bias.contiguous()
-        core.run("deconv2d", signal, *where, core.GATES[gate], *tensors, offset, image, scratch)
+        fixed = weight.contiguous(), None if bias is None else bias.contiguous()
+        for maps, gates, part in in_parts(signal, weight, dense(signal, layout), dense(forward, layout), image):
+            where = filters.shape(part.shape, maps.shape, weight, layout), core.DTYPES[signal.dtype]
+            scratch = core.workspace("deconv2d", signal, *where)
+            core.run("deconv2d", signal, *where, core.GATES[gate], maps, gates, *fixed, part, scratch)
     return image
 
 
