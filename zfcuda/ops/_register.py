@@ -43,21 +43,33 @@ class Operator:
     batched
         Names of the tensors whose first dimension is the batch, if it is also the first dimension of every result
         and images do not meet: vmap then adds its dimension to the batch. Otherwise it calls the operator in a loop.
+    mutates
+        Names of the tensors that the implementation writes; their versions go up, so that autograd sees it. Such an
+        operator has no gradients and no vmap.
     """
 
-    def __init__(self, name: str, implementation: Callable[..., Any], batched: Sequence[str] = ()) -> None:
-        schema = torch.library.infer_schema(implementation, mutates_args=())
+    def __init__(
+        self, name: str, implementation: Callable[..., Any], batched: Sequence[str] = (), mutates: Sequence[str] = ()
+    ) -> None:
+        schema = torch.library.infer_schema(implementation, mutates_args=tuple(mutates))
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.name = f"{NAMESPACE}::{name}"
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        self._batched = [n in batched for n in inspect.signature(implementation).parameters]
-        torch.library.register_vmap(self.name, functools.partial(self._vmap, self.overload), lib=_LIBRARY)
+        self._function: Any = None
+        names = inspect.signature(implementation).parameters
+        self._batched, self._mutated = ([n in some for n in names] for some in (batched, mutates))
+        if mutates:
+            _LIBRARY.impl(name, self._count_writes, "ADInplaceOrView", with_keyset=True)
+        else:
+            torch.library.register_vmap(self.name, functools.partial(self._vmap, self.overload), lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
-        if not is_dynamo_compiling() and (
-            _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        if (
+            not is_dynamo_compiling()
+            and (_functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
+            and self._function
         ):
             return self._function.apply(*args)
         return self.overload(*args)
@@ -68,10 +80,7 @@ class Operator:
         return fake
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-        """As ``torch.library.register_autograd``, whose gradients torch.func refuses.
-
-        Every operator needs it: what has no gradients must refuse them.
-        """
+        """As ``torch.library.register_autograd``, whose gradients torch.func refuses."""
         methods = {
             "forward": self.overload,
             "setup_context": setup_context or _nothing,
@@ -80,7 +89,7 @@ class Operator:
             "vmap": functools.partial(self._vmap, self),
         }
         names = {name: staticmethod(method) for name, method in methods.items()}
-        self._function: Any = type(self.name.replace("::", "_"), (torch.autograd.Function,), names)
+        self._function = type(self.name.replace("::", "_"), (torch.autograd.Function,), names)
 
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
@@ -88,9 +97,21 @@ class Operator:
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             self._jvp()
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if self._function is None:
+                raise RuntimeError(
+                    f"{self.name} has no gradient, but got a tensor that requires one; call it under torch.no_grad()"
+                )
             return self._function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _count_writes(self, keyset: Any, *args: Any) -> Any:
+        """Kernels write memory that torch does not see them write."""
+        for tensor, mutated in zip(args, self._mutated, strict=True):
+            if mutated and tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return self.overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     def _jvp(self, *_: Any) -> Any:
         raise RuntimeError(
@@ -119,9 +140,11 @@ def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
     """The context of a gradient that is refused."""
 
 
-def operator(name: str, batched: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+def operator(
+    name: str, batched: Sequence[str] = (), mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
     """Decorator: :class:`Operator` of the decorated implementation."""
-    return lambda implementation: Operator(name, implementation, batched)
+    return lambda implementation: Operator(name, implementation, batched, mutates)
 
 
 def not_differentiable(operator: Operator, name: str, remedy: str) -> None:
