@@ -23,6 +23,16 @@ from operators import OPERATORS  # noqa: E402
 from oracles import evaluate  # noqa: E402
 from test_fuzz import calls, check  # noqa: E402
 
+
+def fuzz(declared):
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(calls(declared))
+    def run(arguments):
+        check(declared, arguments)
+
+    run()
+
+
 for declared in OPERATORS:
     for sample in declared.samples():
         for dtype in (torch.float32, torch.float64):
@@ -32,10 +42,5 @@ for declared in OPERATORS:
                     for _ in range(2):
                         sample.on(torch.device("cpu"), dtype, layout).call(declared.call)
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(calls(declared))
-    def fuzz(arguments, declared=declared):
-        check(declared, arguments)
-
-    fuzz()
+    fuzz(declared)
     print(declared.name, "is clean")
