@@ -19,6 +19,22 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+// Half vectors, where these exist: the 21 values of a kernel row of conv1 are a vector and a half.
+constexpr int kHalves = kVectorBytes > 16 ? 2 : 1;  // parts of a vector
+template <typename T>
+constexpr std::int64_t kUnit = kVectorBytes / kHalves / sizeof(T);
+
+// A vector of so many bytes anywhere in memory.
+template <typename T, int bytes>
+struct Wide {
+    typedef T Value __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
+    static Value& at(T* p) { return *reinterpret_cast<Value*>(p); }
+    static const Value& at(const T* p) { return *reinterpret_cast<const Value*>(p); }
+};
+
+// For loops over vectors whose state must stay in registers.
+#define ZF_INLINE __attribute__((always_inline)) inline
+
 template <typename T>
 struct Lanes {
     static constexpr int count = kVectorBytes / sizeof(T);
@@ -62,20 +78,32 @@ struct Lanes {
         return load_bytes(bytes, lanes) == wanted ? sum + load(values, lanes) : sum;
     }
 
-    // Writes the lanes that are not zero, in order, and the same lanes of `index`; returns how
+    // Bit i: lane i is not zero, or with `positive` not <= 0 (so that NaN stays).
+    template <bool positive>
+    static unsigned kept(const Value& value) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == 4)
+            return _mm512_cmp_ps_mask((__m512)value, __m512{},
+                                      positive ? _CMP_NLE_UQ : _CMP_NEQ_UQ);
+#endif
+        return bits(positive ? ~(value <= 0) : value != 0);
+    }
+
+    // Writes the lanes that `kept` keeps, in order, and the same lanes of `index`; returns how
     // many. A whole vector may be written.
+    template <bool positive>
     static int compress(const Value& value, const Integer& index, T* values,
                         std::int32_t* indices) {
+        unsigned left = kept<positive>(value);
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 4) {
-            const __mmask16 some = _mm512_cmp_ps_mask((__m512)value, __m512{}, _CMP_NEQ_UQ);
-            _mm512_storeu_ps(values, _mm512_maskz_compress_ps(some, (__m512)value));
-            _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(some, (__m512i)index));
-            return __builtin_popcount(some);
+            _mm512_storeu_ps(values, _mm512_maskz_compress_ps(left, (__m512)value));
+            _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(left, (__m512i)index));
+            return __builtin_popcount(left);
         }
 #endif
         int found = 0;
-        for (unsigned left = nonzero(value); left; left &= left - 1, ++found) {
+        for (; left; left &= left - 1, ++found) {
             const int i = __builtin_ctz(left);
             values[found] = value[i];
             indices[found] = static_cast<std::int32_t>(index[i]);
@@ -84,9 +112,8 @@ struct Lanes {
     }
 
   private:
-    // Bit i: lane i is not zero.
-    static unsigned nonzero(const Value& value) {
-        const Integer some = value != 0;
+    // Bit i: lane i is set.
+    static unsigned bits(const Integer& some) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)some);
 #elif defined(__AVX2__)

@@ -1,32 +1,12 @@
 // One step down of a receptive-field-local projection: unpool, gate, transposed convolution, clip.
+//
+// Narrow filters (to pixels) and wide ones are multiplied in ways of their own: window_strips.h and
+// window_product.h.
 #include "window_product.h"
+#include "window_strips.h"
 
 namespace zfcuda {
 namespace {
-
-// The image windows of a unit of work together have about this many bytes (at least one window):
-// the panels are read once a unit, the windows once a panel.
-constexpr std::int64_t kUnitBytes = 512 * 1024;
-
-template <typename T>
-struct Plan {
-    const WindowShape& s;
-    Panels<T> panels;
-    std::int64_t window, unit, units;  // values of an image window; windows of a unit
-    bool direct;                       // whether runs are whole vectors, written to the image
-    std::int64_t values, items;
-
-    Plan(const WindowShape& shape, const Exec& exec)
-        : s(shape), panels(shape), window(s.in_height * s.in_width * s.in_channels) {
-        const std::int64_t fit = std::max<std::int64_t>(kUnitBytes / (window * sizeof(T)), 1);
-        unit = std::min(fit, gemm::divide_up(s.windows, max_threads(exec)));
-        units = gemm::divide_up(s.windows, unit);
-        direct = panels.width % kUnit<T> == 0;
-        values = unit * MapReader<T>::capacity(s, panels.channels) + gemm::kVector<T>;
-        items = unit * s.out_height * s.out_width;
-    }
-    std::int64_t scratch() const { return direct ? 0 : unit * window + gemm::kVector<T>; }
-};
 
 // The parts of the workspace, at cache lines.
 class Cutter {
@@ -46,40 +26,6 @@ class Cutter {
   private:
     std::uintptr_t start, end;
 };
-
-template <typename T>
-struct Own {  // of one thread
-    Lists<T> lists;
-    std::int32_t* sizes;
-    std::uint8_t* empty;
-    T* scratch;
-
-    Own(const Plan<T>& plan, Cutter& cutter)
-        : lists{cutter.take<T>(plan.values),
-                cutter.take<std::int32_t>(plan.values),
-                cutter.take<Item>(plan.items),
-                cutter.take<Item>(plan.items),
-                0,
-                0},
-          sizes(cutter.take<std::int32_t>(plan.panels.channels + 2)),
-          empty(cutter.take<std::uint8_t>(plan.s.pooled_height * plan.s.pooled_width)),
-          scratch(cutter.take<T>(plan.scratch())) {}
-};
-
-template <typename T>
-struct Shared {
-    Covering* table;
-
-    Shared(const Plan<T>& plan, Cutter& cutter)
-        : table(cutter.take<Covering>(MapReader<T>::table_size(plan.s))) {}
-};
-
-template <template <typename> typename Part, typename T>
-std::int64_t bytes_of(const Plan<T>& plan) {
-    Cutter cutter(Address{});
-    Part<T>(plan, cutter);
-    return cutter.bytes();
-}
 
 // Writes the part of a window inside the whole image, and zeros around it; `from` may be `to`.
 template <typename T>
@@ -103,29 +49,111 @@ void clip(const WindowShape& s, const std::int64_t* origin, const T* from, T* to
     std::fill_n(to + bottom * line, (s.in_height - bottom) * line, T(0));
 }
 
+// Narrow filters: window by window.
 template <typename T>
-void run_unit(const Plan<T>& plan, const MapReader<T>& maps, const T* packed,
-              const std::int64_t* origins, std::int64_t first, Own<T> own, T* image) {
-    const WindowShape& s = plan.s;
-    const Panels<T>& p = plan.panels;
-    const std::int64_t windows = std::min(plan.unit, s.windows - first);
-    T* const target = plan.direct ? image + first * plan.window : own.scratch;
-    std::fill_n(target, windows * plan.window, T(0));
-    for (std::int64_t group = 0; group < s.groups; ++group)
-        for (std::int64_t block = 0; block < p.blocks; ++block) {
-            const std::int64_t base = group * s.out_per_group();
-            const std::int64_t from = block * p.channels;
-            const std::int64_t to = std::min(from + p.channels, s.out_per_group());
-            own.lists.used = own.lists.count = 0;
-            for (std::int64_t w = 0; w < windows; ++w)
-                maps.read(first + w, {base + from, base + to, p.row_step()}, w * plan.window,
-                          own.lists, own.empty);
-            sort_by_length(own.lists, to - from, own.sizes);
-            add_block(s, p, own.lists, packed, group, block, target);
-        }
-    for (std::int64_t w = 0; w < windows; ++w)
-        clip(s, origins + 2 * (first + w), target + w * plan.window,
-             image + (first + w) * plan.window);
+struct StripWay {
+    const WindowShape& s;
+    std::int64_t unit = 1, units, window, stride, words;
+
+    StripWay(const WindowShape& shape, const Exec&)
+        : s(shape),
+          units(s.windows),
+          window(s.in_height * s.in_width * s.in_channels),
+          stride(Slots<T>::stride_of(s.out_channels)),
+          words(Slots<T>::words_of(s.out_channels)) {}
+
+    // Memory of one thread.
+    Slots<T> own(Cutter& cutter) const {
+        return {cutter.take<T>(kSlots * stride), cutter.take<std::uint64_t>(kSlots * words), stride,
+                words};
+    }
+
+    void run(const MapReader<T>& maps, const T* packed, const std::int64_t* origins,
+             std::int64_t window_index, const Slots<T>& slots, T* image) const {
+        T* const to = image + window_index * window;
+        std::fill_n(slots.bits, kSlots * words, 0);
+        std::fill_n(to, window, T(0));
+        add_strips(s, maps, window_index, packed, slots, to);
+        clip(s, origins + 2 * window_index, to, to);
+    }
+};
+
+// Wide filters: several windows together, so that a panel of weights serves many lists.
+template <typename T>
+struct PanelWay {
+    // The image windows of a unit of work together have about this many bytes (at least one
+    // window): the panels are read once a unit, the windows once a panel.
+    static constexpr std::int64_t kUnitBytes = 512 * 1024;
+
+    const WindowShape& s;
+    Panels<T> panels;
+    std::int64_t window, unit, units;  // values of an image window; windows of a unit
+    bool direct;                       // whether runs are whole vectors, written to the image
+
+    PanelWay(const WindowShape& shape, const Exec& exec)
+        : s(shape), panels(shape), window(s.in_height * s.in_width * s.in_channels) {
+        const std::int64_t fit = std::max<std::int64_t>(kUnitBytes / (window * sizeof(T)), 1);
+        unit = std::min(fit, gemm::divide_up(s.windows, max_threads(exec)));
+        units = gemm::divide_up(s.windows, unit);
+        direct = panels.width % kUnit<T> == 0;
+    }
+
+    struct Own {  // of one thread
+        Lists<T> lists;
+        T* scratch;
+    };
+    Own own(Cutter& cutter) const {
+        const std::int64_t values =
+            unit * MapReader<T>::capacity(s, panels.channels) + gemm::kVector<T>;
+        const std::int64_t items = unit * s.out_height * s.out_width;
+        return {{cutter.take<T>(values), cutter.take<std::int32_t>(values),
+                 cutter.take<Item>(items), 0, 0},
+                cutter.take<T>(direct ? 0 : unit * window + gemm::kVector<T>)};
+    }
+
+    void run(const MapReader<T>& maps, const T* packed, const std::int64_t* origins,
+             std::int64_t unit_index, Own own, T* image) const {
+        const std::int64_t first = unit_index * unit;
+        const std::int64_t windows = std::min(unit, s.windows - first);
+        T* const target = direct ? image + first * window : own.scratch;
+        std::fill_n(target, windows * window, T(0));
+        for (std::int64_t group = 0; group < s.groups; ++group)
+            for (std::int64_t block = 0; block < panels.blocks; ++block) {
+                const std::int64_t base = group * s.out_per_group();
+                const std::int64_t from = block * panels.channels;
+                const std::int64_t to = std::min(from + panels.channels, s.out_per_group());
+                own.lists.used = own.lists.count = 0;
+                for (std::int64_t w = 0; w < windows; ++w)
+                    append_lists(s, maps, first + w, {base + from, base + to}, panels.row_step(),
+                                 w * window, own.lists);
+                add_block(s, panels, own.lists, packed, group, block, target);
+            }
+        for (std::int64_t w = 0; w < windows; ++w)
+            clip(s, origins + 2 * (first + w), target + w * window, image + (first + w) * window);
+    }
+};
+
+// body(way) with the way that a shape goes.
+template <typename T, typename Body>
+void with_way(const WindowShape& s, const Exec& exec, Body&& body) {
+    if (Strips<T>::serve(s))
+        body(StripWay<T>(s, exec));
+    else
+        body(PanelWay<T>(s, exec));
+}
+
+template <typename Way>
+std::int64_t own_bytes(const Way& way) {
+    Cutter cutter(Address{});
+    way.own(cutter);
+    return cutter.bytes();
+}
+
+template <typename T>
+std::int64_t table_bytes(const WindowShape& s) {
+    Cutter cutter(Address{});
+    cutter.take<Covering>(MapReader<T>::table_size(s));
+    return cutter.bytes();
 }
 
 }  // namespace
@@ -134,7 +162,9 @@ std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exe
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        bytes = kLine + sizeof(T) * Panels<T>(s).packed_size(s.groups);
+        const std::int64_t values =
+            Strips<T>::serve(s) ? Strips<T>(s).packed_size() : Panels<T>(s).packed_size(s.groups);
+        bytes = kLine + sizeof(T) * values;
     });
     return bytes;
 }
@@ -143,15 +173,18 @@ void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Add
                           const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        pack_panels(s, Panels<T>(s), weight.as<const T>(), aligned<T>(packed), exec);
+        const auto pack = Strips<T>::serve(s) ? pack_strips<T> : pack_panels<T>;
+        pack(s, weight.as<const T>(), aligned<T>(packed), exec);
     });
 }
 
 std::int64_t window_deconv2d_workspace(const WindowShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
-        const Plan<decltype(zero)> plan(s, exec);
-        bytes = bytes_of<Shared>(plan) + max_threads(exec) * bytes_of<Own>(plan);
+        using T = decltype(zero);
+        with_way<T>(s, exec, [&](const auto& way) {
+            bytes = table_bytes<T>(s) + max_threads(exec) * own_bytes(way);
+        });
     });
     return bytes;
 }
@@ -161,15 +194,17 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
                      Address workspace, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Plan<T> plan(s, exec);
         Cutter cutter(workspace);
         const MapReader<T> maps(s, gate, signal.as<const T>(), switches.as<const std::uint8_t>(),
-                                positive.as<const std::uint8_t>(), Shared(plan, cutter).table);
-        char* const own = workspace.as<char>() + bytes_of<Shared>(plan);
-        parallel_for_thread(plan.units, exec, [&](std::int64_t unit, int thread) {
-            Cutter mine(Address{own + thread * bytes_of<Own>(plan)});
-            run_unit(plan, maps, aligned<const T>(packed), origins.as<const std::int64_t>(),
-                     unit * plan.unit, Own(plan, mine), image.as<T>());
+                                positive.as<const std::uint8_t>(),
+                                cutter.take<Covering>(MapReader<T>::table_size(s)));
+        char* const own = workspace.as<char>() + table_bytes<T>(s);
+        with_way<T>(s, exec, [&](const auto& way) {
+            parallel_for_thread(way.units, exec, [&](std::int64_t unit, int thread) {
+                Cutter mine(Address{own + thread * own_bytes(way)});
+                way.run(maps, aligned<const T>(packed), origins.as<const std::int64_t>(), unit,
+                        way.own(mine), image.as<T>());
+            });
         });
     });
 }

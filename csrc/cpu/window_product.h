@@ -1,4 +1,4 @@
-// Lists of non-zeros times panels of packed weights, added to image windows.
+// Wide filters: lists of non-zeros times panels of packed weights, added to image windows.
 //
 //   a run: the image values that one map position adds to that lie side by side, i.e. a kernel row
 //   of (kx, channel) pairs; one tap's channels where groups or dilation part them
@@ -21,11 +21,6 @@ namespace zfcuda {
 
 constexpr std::int64_t kPanelBytes = 48 * 1024;
 constexpr int kPanelVectors = 6, kPanelRuns = 2;
-
-// Columns come in half vectors where these exist: the 21 columns of a kernel row of conv1 are one
-// vector and a half.
-template <typename T>
-constexpr std::int64_t kUnit = kVectorBytes / (kVectorBytes > 16 ? 2 : 1) / sizeof(T);
 
 // How the weight of one group is cut to panels.
 template <typename T>
@@ -64,8 +59,8 @@ struct Panels {
 };
 
 template <typename T>
-void pack_panels(const WindowShape& s, const Panels<T>& p, const T* weight, T* packed,
-                 const Exec& exec) {
+void pack_panels(const WindowShape& s, const T* weight, T* packed, const Exec& exec) {
+    const Panels<T> p(s);
     const std::int64_t columns = p.units * kUnit<T>;
     const std::int64_t taps = s.taps(), channels = s.in_per_group();
     const std::int64_t side = p.merged ? s.kernel_w : 1;  // kernel positions of a run
@@ -98,13 +93,6 @@ struct Target {
     std::int64_t last;
 };
 
-template <typename T, int bytes>
-struct Wide {
-    typedef T Value __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
-    static Value& at(T* p) { return *reinterpret_cast<Value*>(p); }
-    static const Value& at(const T* p) { return *reinterpret_cast<const Value*>(p); }
-};
-
 // All lists with one panel of `runs` runs of `full` vectors and `half` half vectors.
 template <typename T, int runs, int full, int half>
 void visit(const Lists<T>& lists, const T* panel, std::int64_t size, const Target<T>& target) {
@@ -118,7 +106,7 @@ void visit(const Lists<T>& lists, const T* panel, std::int64_t size, const Targe
     typename Half::Value used;
     for (int i = 0; i < last; ++i) used[i] = i < target.last;
     for (std::int64_t n = 0; n < lists.count; ++n) {
-        const Item& item = lists.sorted[n];
+        const Item& item = lists.items[n];
         for (std::int64_t i = 0; i < ahead; ++i, next += kLine) __builtin_prefetch(next, 0, 2);
         const T* values = lists.values + item.start;
         const std::int32_t* rows = lists.rows + item.start;

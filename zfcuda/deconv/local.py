@@ -63,18 +63,42 @@ class Local:
             self.steps.append(_Step(stage, channels, gate, expected, like))
             channels = self.steps[-1].channels
         self.image_channels = channels
+        #: Steps that do not see the image. Above the first pool the signal depends on the unit, on the sign of the
+        #: value (it scales with its size) and on how much of the windows so far lies outside their maps: activations
+        #: that agree in these go down as one.
+        self.shared = next((i for i, step in enumerate(self.steps) if step.sees_image), len(self.steps))
+        if self.shared == 1:  # a copy of the filter
+            self.shared = 0
         #: Of one activation: its switches and its pixels.
         self.bytes = kept + prod(path.pixels.size) * channels * like.element_size()
 
     def __call__(self, units: Tensor, starts: Tensor, positions: Tensor, kept: Kept) -> Crops:
         """Project activations, each given by its unit (n,), value to start from (n,) and position (n, 2)."""
-        signal = starts.new_zeros(len(units), 1, 1, self.channels)
-        signal[torch.arange(len(units), device=units.device), 0, 0, units] = starts
         size = self.path.pixels.size
         pixels = starts.new_empty(len(units), *size, self.image_channels)
-        self._down(0, signal, positions, kept, pixels)
+        self._down(self.shared, self._above(units, starts, positions, kept), positions, kept, pixels)
         origins = self.path.pixels.origins(positions)
         return Crops(pixels.permute(0, 3, 1, 2), torch.cat((origins, origins + origins.new_tensor(size)), 1))
+
+    def _above(self, units: Tensor, starts: Tensor, positions: Tensor, kept: Kept) -> Tensor:
+        """The signal above step ``shared``, for each activation."""
+        if not self.shared:
+            return self._start(units, starts)
+        signs = starts.sign().nan_to_num()
+        keys, kind = torch.stack((units, signs.long()), 1).unique(dim=0, return_inverse=True)
+        signal = self._start(keys[:, 0], keys[:, 1].to(starts))
+        for step in self.steps[: self.shared]:
+            signal = step(signal, None, kept)
+            level = step.stage.image
+            keys, kind = torch.cat((kind[:, None], level.outside(positions)), 1).unique(dim=0, return_inverse=True)
+            signal = signal[keys[:, 0]].masked_fill_(level.padding(keys[:, 1:]), 0)
+        return signal[kind].mul_(starts.abs()[:, None, None, None])
+
+    def _start(self, units: Tensor, starts: Tensor) -> Tensor:
+        """The signal in the layer itself."""
+        signal = starts.new_zeros(len(units), 1, 1, self.channels)
+        signal[torch.arange(len(units), device=units.device), 0, 0, units] = starts
+        return signal
 
     def _down(self, first: int, signal: Tensor, positions: Tensor, kept: Kept, pixels: Tensor) -> None:
         """From the signal above step ``first`` to ``pixels``."""
@@ -86,8 +110,9 @@ class Local:
                     rows = slice(start, start + part)
                     self._down(i, signal[rows], positions[rows], kept[rows], pixels[rows])
                 return
-            signal = step(signal, positions, kept)
-        pixels.copy_(signal)
+            signal = step(signal, positions, kept, pixels if step is self.steps[-1] else None)
+        if signal is not pixels:
+            pixels.copy_(signal)
 
 
 class _Step:
@@ -102,6 +127,7 @@ class _Step:
         if node is None or node.kind == "conv":
             self._pack(channels, expected, like)
         self.values = prod(stage.image.size) * self.channels
+        self.sees_image = stage.pool is not None or self.gate in ("backprop", "guided")
 
     def _pack(self, channels: int, expected: int, like: Tensor) -> None:
         node, pool = self.stage.node, self.stage.pool
@@ -120,17 +146,25 @@ class _Step:
         size = self.stage.signal.size
         self.filters = ops.WindowDeconv2d(weight, size, stride, dilation, groups, pool=undone, windows=expected)
 
-    def __call__(self, signal: Tensor, positions: Tensor, kept: Kept) -> Tensor:
+    def __call__(
+        self, signal: Tensor, positions: Tensor | None, kept: Kept, out: Tensor | None = None
+    ) -> Tensor:
+        """The signal below, zero outside the map where positions are given; filters write it to ``out``."""
         node, stage = self.stage.node, self.stage
         positive = None
         if self.gate in ("backprop", "guided"):
             assert node is not None
             positive = kept.positive[node.name]
         if self.filters:
-            origins = stage.image.origins(positions)
+            size = stage.image.size if positions is None else stage.image.map_size
+            origins = (
+                torch.zeros(len(signal), 2, dtype=torch.int64, device=signal.device)
+                if positions is None
+                else stage.image.origins(positions)
+            )
             switches = kept.switches[stage.pool.name] if stage.pool else None
             return self.filters(
-                signal, origins, stage.image.map_size, gate=self.gate, positive=positive, switches=switches
+                signal, origins, size, gate=self.gate, positive=positive, switches=switches, out=out
             )
         assert node is not None
         if node.kind == "affine":

@@ -94,12 +94,22 @@ def _from_kept(
     units, ranks = rows
     parameter = next(net.model.parameters())
     local = Local(path, len(found.values), gate, len(units), parameter)
-    kept = Kept({name: found.switches[name] for name in path.pools}, {name: found.positive[name] for name in masks})
+    kept = Kept(
+        {name: found.switches[name].flatten(0, 1) for name in path.pools},
+        {name: found.positive[name].flatten(0, 1) for name in masks},
+    )
+    entries = units * found.values.shape[1] + ranks
     part = max(PART_BYTES // local.bytes, 1)
-    for which in zip(units.split(part), ranks.split(part), strict=True):
-        starts, positions = found.values[which].to(parameter), found.positions[which].to(parameter.device)
-        crops = local(which[0].to(parameter.device), starts, positions, kept[which].to(parameter.device))
-        yield Projections(crops.pixels, *which, crops.boxes)
+    for unit, rank, entry in zip(units.split(part), ranks.split(part), entries.split(part), strict=True):
+        starts, positions = found.values[unit, rank].to(parameter), found.positions[unit, rank].to(parameter.device)
+        crops = local(unit.to(parameter.device), starts, positions, kept[_rows(entry)].to(parameter.device))
+        yield Projections(crops.pixels, unit, rank, crops.boxes)
+
+
+def _rows(entries: Tensor) -> slice | tuple[Tensor]:
+    """An index of these rows; one that copies nothing where they follow one another."""
+    first, last = int(entries[0]), int(entries[-1]) + 1
+    return slice(first, last) if torch.equal(entries, torch.arange(first, last)) else (entries,)
 
 
 def _from_images(

@@ -45,6 +45,21 @@ class Level:
             (self.start[0] * sy - py, self.start[1] * sx - px),
         )
 
+    def outside(self, positions: Tensor) -> Tensor:
+        """Rows and columns of each window that lie outside the map: int64 (n, 4), before it and behind it."""
+        before = -self.origins(positions)
+        behind = before.new_tensor(self.size) - before.new_tensor(self.map_size) - before
+        return torch.cat((before, behind), 1).clamp(min=0)
+
+    def padding(self, outside: Tensor) -> Tensor:
+        """Where windows of which so much is `outside` lie there: bool (n, height, width, 1)."""
+        masks = []
+        for dim, size in enumerate(self.size):
+            place = torch.arange(size, device=outside.device)
+            before, behind = outside[:, dim, None], outside[:, 2 + dim, None]
+            masks.append((place < before) | (place >= size - behind))
+        return (masks[0][:, :, None] | masks[1][:, None, :])[..., None]
+
     def origins(self, positions: Tensor) -> Tensor:
         """The first position of each window: int64 (n, 2) from the layer's positions (n, 2)."""
         return positions * positions.new_tensor(self.jump) + positions.new_tensor(self.start)

@@ -151,12 +151,15 @@ class WindowDeconv2d:
         gate: str = "none",
         positive: Tensor | None = None,
         switches: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """As `window_deconv2d`."""
+        """As `window_deconv2d`; the result goes to ``out``, contiguous, where that is given."""
         if torch.is_grad_enabled() and signal.requires_grad:
             raise RuntimeError(f"signal requires a gradient, and WindowDeconv2d has none; {_REMEDY}")
         _check(signal, self.dtype, self.device, origins, map_size, self.geometry, gate, positive, switches)
-        image = core.empty([len(signal), *self.geometry.image, self.geometry.channels], signal)
+        size = (len(signal), *self.geometry.image, self.geometry.channels)
+        image = core.empty(size, signal) if out is None else out
+        _check_out(image, size, signal)
         if image.numel():
             where = self.geometry.shape(len(signal), map_size), core.DTYPES[signal.dtype]
             scratch = core.workspace("window_deconv2d", signal, *where)
@@ -263,6 +266,13 @@ def _check(
     if positive is not None:
         bits = (len(signal), *geometry.maps, -(-signal.size(3) // 8))
         _check_bytes("positive", positive, bits, "a bit for each value", signal)
+
+
+def _check_out(out: Tensor, size: Sequence[int], like: Tensor) -> None:
+    check_tensor("out", out, like=like)
+    check_shape("out", out, size, "the shape of the result")
+    if not out.is_contiguous():
+        raise RuntimeError(f"out has strides {out.stride()}; it must be contiguous")
 
 
 def _check_signal(signal: Tensor) -> None:
