@@ -146,9 +146,7 @@ class _Step:
         size = self.stage.signal.size
         self.filters = ops.WindowDeconv2d(weight, size, stride, dilation, groups, pool=undone, windows=expected)
 
-    def __call__(
-        self, signal: Tensor, positions: Tensor | None, kept: Kept, out: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, signal: Tensor, positions: Tensor | None, kept: Kept, out: Tensor | None = None) -> Tensor:
         """The signal below, zero outside the map where positions are given; filters write it to ``out``."""
         node, stage = self.stage.node, self.stage
         positive = None
@@ -163,9 +161,7 @@ class _Step:
                 else stage.image.origins(positions)
             )
             switches = kept.switches[stage.pool.name] if stage.pool else None
-            return self.filters(
-                signal, origins, size, gate=self.gate, positive=positive, switches=switches, out=out
-            )
+            return self.filters(signal, origins, size, gate=self.gate, positive=positive, switches=switches, out=out)
         assert node is not None
         if node.kind == "affine":
             return signal * node.parameters()[0].to(signal)
