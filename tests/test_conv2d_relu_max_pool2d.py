@@ -12,7 +12,6 @@ from oracles import (
     Sample,
     agree_or_both_refuse,
     channels_innermost,
-    check_compiled,
     check_exact,
     check_out_convention,
     check_registration,
@@ -80,12 +79,6 @@ def test_exact(backend, sample):
     check_exact(ops.conv2d_relu_max_pool2d, torchs, sample, backend)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    functions = ops.conv2d_relu_max_pool2d, reference.conv2d_relu_max_pool2d, torchs
-    check_values(*functions, sample_inputs()[0], backend.device, torch.float32, layout)
-
-
 def test_memory_formats(backend):
     """Results follow the input's format, the gradient of the weight has the weight's strides."""
     sample = sample_inputs()[0].on(backend.device, torch.float32)
@@ -111,30 +104,6 @@ def test_the_same_bits_as_in_two_steps(backend, layout):
     fused = ops.conv2d_relu_max_pool2d(x, weight, bias, 2, 1, **POOL)
     chain = ops.max_pool2d(ops.conv2d_relu(x, weight, bias, 2, 1), 3, 2, ceil_mode=True)
     assert all(torch.equal(one, other) for one, other in zip(fused, chain, strict=True))
-
-
-@NATIVE
-@samples()
-def test_registration(backend, sample):
-    check_registration(ops.conv2d_relu_max_pool2d, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled(backend, layout):
-    check_compiled(ops.conv2d_relu_max_pool2d, sample_inputs()[0].on(backend.device, torch.float32, layout))
-
-
-@NATIVE
-@pytest.mark.parametrize("number", [0, 2])
-def test_gradcheck(backend, number):
-    sample = sample_inputs()[number].on(backend.device, torch.float64)
-    image = sample.tensors[0][:1, :, :7, :6].detach().requires_grad_()
-
-    def layer(*inputs):
-        return ops.conv2d_relu_max_pool2d(*inputs, **sample.options)[0]
-
-    assert torch.autograd.gradcheck(layer, [image, *sample.leaves()[1:]])
 
 
 @pytest.mark.parametrize(

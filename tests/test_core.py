@@ -6,6 +6,7 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from oracles import normal
 from torch.utils.data import DataLoader, Dataset
 
 from zfcuda import core, ops
+from zfcuda.ops import _conv
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
@@ -119,3 +121,25 @@ def test_inductor(threads):
         results.append((output.detach(), torch.autograd.grad(output.square().sum(), leaf)[0]))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("name", ["conv2d_relu", "deconv2d"])
+def test_ctrl_c_between_parts_of_a_long_call(monkeypatch, name):
+    """A long call is made in parts, with the same results; an interrupt ends it before the next."""
+    x, weight = normal(5, 3, 6, 6).float(), normal(3, 3, 3, 3, seed=1).float().requires_grad_()
+    operator, core_run = getattr(ops, name), core.run
+    expected = operator(x, weight)
+    monkeypatch.setattr(_conv, "MOST_AT_A_TIME", 1)
+    made = []
+
+    def run(*arguments):
+        made.append(arguments)
+        if len(made) == 7:
+            signal.raise_signal(signal.SIGINT)
+        core_run(*arguments)
+
+    monkeypatch.setattr(core, "run", run)
+    assert torch.equal(operator(x, weight), expected) and len(made) == 5  # an image each
+    with pytest.raises(KeyboardInterrupt):
+        operator(x, weight)
+    assert len(made) == 7

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from oracles import NATIVE, Sample, check_compiled, check_registration, for_all
+from oracles import Sample, for_all
 
 from zfcuda import ops, reference
 
@@ -135,22 +135,6 @@ def test_agrees_with_slices(backend):
     for_all(backend, CASES, lambda sample: check(sample, backend), examples=150)
 
 
-@NATIVE
-@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
-def test_registration(backend, dtype):
-    placed = crops(images_of(3, 5, 6, 4, dtype=torch.uint8).to(dtype), (4, 3)).on(backend.device, dtype)
-    check_registration(ops.crop_windows, placed)
-    check_compiled(ops.crop_windows, placed)
-
-
-def test_a_gradient_is_refused(backend):
-    images = torch.ones(1, 3, 3, 2, device=backend.device, requires_grad=True)
-    zeros = torch.zeros(1, 2, device=backend.device).long()
-    windows = ops.crop_windows(images, zeros[:, 0], zeros, 2)
-    with pytest.raises(RuntimeError, match="crop_windows is not differentiable"):
-        windows.sum().backward()
-
-
 IMAGES, WHICH, ORIGINS = torch.ones(2, 4, 4, 3), torch.tensor([0, 1, 1]), torch.zeros(3, 2).long()
 REFUSED = [
     (TypeError, "input", lambda i, n, o: ops.crop_windows([], n, o, 2)),
@@ -178,13 +162,3 @@ REFUSED = [
 def test_refuses(backend, error, message, call):
     with pytest.raises(error, match=message):
         call(*(t.to(backend.device) for t in (IMAGES, WHICH, ORIGINS)))
-
-
-def test_the_same_bytes_with_any_number_of_threads(backend, threads):
-    sample = crops(images_of(3, 9, 9, 3), (6, 5), windows=50)
-    placed = [t.to(backend.device) for t in sample.tensors]
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(ops.crop_windows(*placed, **sample.options))
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])

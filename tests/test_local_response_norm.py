@@ -7,12 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
-    LAYOUTS,
-    NATIVE,
     Sample,
-    channels_innermost,
-    check_compiled,
-    check_registration,
     check_values,
     for_all,
     normal,
@@ -48,18 +43,6 @@ def test_values_and_gradient(backend, sample, dtype):
     check(sample, backend, dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    check(sample_inputs()[1], backend, torch.float32, layout)
-
-
-def test_memory_format_follows_the_input(backend):
-    placed = sample_inputs()[0].on(backend.device, torch.float32, "channels_last")
-    output = placed.call(ops.local_response_norm)
-    (gradient,) = torch.autograd.grad(output.sum(), placed.leaves())
-    assert channels_innermost(output) and channels_innermost(gradient)
-
-
 def test_agrees_with_torch(backend):
     """Any window, torch's convention of alpha.
 
@@ -83,34 +66,6 @@ def test_krizhevskys_alpha_is_not_divided(backend):
     torch.testing.assert_close(actual, expected)
 
 
-@NATIVE
-@SAMPLES
-def test_registration(backend, sample):
-    check_registration(ops.local_response_norm, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled(backend, layout):
-    check_compiled(ops.local_response_norm, sample_inputs()[0].on(backend.device, torch.float32, layout))
-
-
-@NATIVE
-@pytest.mark.parametrize("number", [0, 1, 3])
-def test_gradcheck(backend, number):
-    sample = sample_inputs()[number].on(backend.device, torch.float64)
-    normalise = lambda x: ops.local_response_norm(x, **sample.options)  # noqa: E731
-    assert torch.autograd.gradcheck(normalise, sample.leaves())
-
-
-def test_a_second_derivative_is_refused(backend):
-    sample = sample_inputs()[0].on(backend.device, torch.float64)
-    output = sample.call(ops.local_response_norm)
-    (gradient,) = torch.autograd.grad(output.square().sum(), sample.leaves(), create_graph=True)
-    with pytest.raises(RuntimeError, match=r"local_response_norm.*first derivatives only"):
-        gradient.sum().backward()
-
-
 X = torch.ones(1, 3, 4, 4)
 
 
@@ -130,14 +85,3 @@ X = torch.ones(1, 3, 4, 4)
 def test_refuses(backend, error, message, call):
     with pytest.raises(error, match=message):
         call(X.to(backend.device))
-
-
-def test_the_same_bits_with_any_number_of_threads(backend, threads):
-    sample = Sample([normal(3, 12, 10, 11)], PAPER)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        placed = sample.on(backend.device, torch.float32)
-        output = placed.call(ops.local_response_norm)
-        runs.append([output, *torch.autograd.grad(output, placed.leaves(), torch.ones_like(output))])
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

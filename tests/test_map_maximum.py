@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import strategies as st
-from oracles import LAYOUTS, NATIVE, Sample, check_compiled, check_registration, for_all, normal, whole_numbers
+from oracles import LAYOUTS, Sample, for_all, normal, whole_numbers
 
 from zfcuda import ops, reference
 
@@ -181,25 +181,6 @@ def test_agrees_with_torch(backend):
     for_all(backend, CASES, compare, examples=150)
 
 
-@NATIVE
-@SAMPLES
-def test_registration(backend, sample):
-    check_registration(ops.map_maximum, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("index", [0, 8])
-def test_compiled(backend, index):
-    check_compiled(ops.map_maximum, sample_inputs()[index].on(backend.device, torch.float32, "channels_last"))
-
-
-def test_a_gradient_is_refused(backend):
-    x = torch.ones(1, 2, 3, 3, device=backend.device, requires_grad=True)
-    values, _ = ops.map_maximum(x)
-    with pytest.raises(RuntimeError, match="map_maximum is not differentiable"):
-        values.sum().backward()
-
-
 X, P, S = torch.ones(2, 3, 6, 6), torch.ones(2, 3, 3, 3), torch.zeros(2, 3, 3, 3).byte()
 REFUSED = [
     (TypeError, "input", lambda x, p, s: ops.map_maximum(None)),
@@ -229,13 +210,3 @@ REFUSED = [
 def test_refuses(backend, error, message, call):
     with pytest.raises(error, match=message):
         call(*(t.to(backend.device) for t in (X, P, S)))
-
-
-def test_the_same_with_any_number_of_threads(backend, threads):
-    sample = pooled(whole_numbers(3, 17, 15, 15, top=9), 3, 2).on(backend.device, torch.float32)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(sample.call(ops.map_maximum))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))

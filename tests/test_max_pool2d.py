@@ -9,13 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
-    LAYOUTS,
-    NATIVE,
     Sample,
     agree_or_both_refuse,
-    channels_innermost,
-    check_compiled,
-    check_registration,
     check_values,
     for_all,
     normal,
@@ -73,50 +68,6 @@ SAMPLES = pytest.mark.parametrize("sample", sample_inputs(), ids=lambda s: str(s
 @SAMPLES
 def test_values_and_gradient(backend, sample, dtype):
     check_values(ops.max_pool2d, reference.max_pool2d, torchs, sample, backend.device, dtype)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    sample = sample_inputs()[1]
-    check_values(ops.max_pool2d, reference.max_pool2d, torchs, sample, backend.device, torch.float32, layout)
-
-
-def test_memory_format_follows_the_input(backend):
-    for layout in ("channels_last", "sliced channels_last"):
-        placed = sample_inputs()[0].on(backend.device, torch.float32, layout)
-        output, switches = placed.call(ops.max_pool2d)
-        (gradient,) = torch.autograd.grad(output.square().sum(), placed.leaves())
-        assert all(map(channels_innermost, (output, switches, gradient)))
-    output, _ = ops.max_pool2d(normal(1, 3, 1, 1).to(backend.device).expand(1, 3, 4, 4), 2)
-    assert output.is_contiguous()
-
-
-@NATIVE
-@SAMPLES
-def test_registration(backend, sample):
-    check_registration(ops.max_pool2d, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled(backend, layout):
-    check_compiled(ops.max_pool2d, sample_inputs()[0].on(backend.device, torch.float32, layout))
-
-
-@NATIVE
-def test_gradcheck(backend):
-    sample = sample_inputs()[2].on(backend.device, torch.float64)
-    with torch.no_grad():  # distances between the values larger than gradcheck's step
-        sample.tensors[0].copy_(
-            torch.randperm(70, generator=torch.Generator().manual_seed(1)).view(1, -1, 7, 10)[:, :1]
-        )
-    single = Sample([sample.tensors[0][:, :1].detach().requires_grad_()], sample.options)
-
-    def pool(x):
-        return ops.max_pool2d(x, **single.options)[0]
-
-    assert torch.autograd.gradcheck(pool, single.leaves())
-    assert torch.autograd.gradgradcheck(pool, single.leaves())
 
 
 def test_only_the_switches_are_kept(backend):
@@ -217,7 +168,7 @@ def test_every_small_size():
 X = torch.ones(1, 2, 6, 6)
 REFUSED = [
     (TypeError, "input", lambda x: ops.max_pool2d(x.tolist(), 2)),
-    (RuntimeError, "input has shape", lambda x: ops.max_pool2d(x[0], 2)),
+    (RuntimeError, "input has shape", lambda x: ops.max_pool2d(x[0, 0], 2)),
     (RuntimeError, "input has dtype", lambda x: ops.max_pool2d(x.int(), 2)),
     (RuntimeError, "input has dtype", lambda x: ops.max_pool2d(x.half(), 2)),
     (RuntimeError, "input has shape", lambda x: ops.max_pool2d(x[:, :0], 2)),
@@ -241,18 +192,3 @@ REFUSED = [
 def test_refuses(backend, error, message, call):
     with pytest.raises(error, match=message):
         call(X.to(backend.device))
-
-
-def test_a_device_without_kernels():
-    """meta has shapes only; a device that zfcuda has no kernels for is named."""
-    output, switches = ops.max_pool2d(X.to("meta"), 3, 2)
-    assert output.shape == switches.shape == (1, 2, 2, 2) and switches.dtype == torch.uint8
-
-
-def test_the_same_bits_with_any_number_of_threads(backend, threads):
-    x = normal(3, 5, 20, 21).float().to(backend.device).relu()
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(ops.max_pool2d(x, 3, 2))
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

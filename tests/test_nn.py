@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracles import assert_within, normal
 from torch import nn
 
@@ -21,6 +23,10 @@ def pairs():
         "conv without bias": (
             nn.Sequential(nn.Conv2d(3, 6, (3, 2), groups=3, bias=False), nn.ReLU()),
             zf.ConvReLU2d(3, 6, (3, 2), groups=3, bias=False),
+        ),
+        "conv of the same size": (
+            nn.Sequential(nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), nn.ReLU()),
+            zf.ConvReLU2d(3, 4, (4, 3), padding="same", dilation=(1, 2)),
         ),
         "conv and pool": (
             nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True)),
@@ -139,7 +145,7 @@ def test_repr():
     [
         (RuntimeError, "padding_mode is 'reflect'", lambda: zf.ConvReLU2d(3, 4, 3, padding=1, padding_mode="reflect")),
         (TypeError, "pool_kernel_size", lambda: zf.ConvReLUMaxPool2d(3, 4, 3)),
-        (TypeError, "padding is 'same'", lambda: zf.ConvReLU2d(3, 4, 3, padding="same")),
+        (TypeError, "padding is 'same'", lambda: zf.ConvReLUMaxPool2d(3, 4, 3, padding="same", pool_kernel_size=2)),
         (RuntimeError, "return_switches", lambda: zf.MaxPool2d(2, return_indices=True, return_switches=True)),
         (ValueError, "overlap is 'max'", lambda: zf.MaxUnpool2d(2, overlap="max")),
     ],
@@ -163,3 +169,31 @@ def test_a_layer_of_the_paper_compiles_and_trains(backend):
         results.append([output.detach(), *(p.grad.clone() for p in layer.parameters())])
         assert all(p.grad.stride() == p.stride() for p in layer.parameters())
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _network():
+    """Weights in channels_last, whose strides the gradients must have."""
+    torch.manual_seed(0)
+    layers = zf.ConvReLU2d(3, 8, 3, padding=1), zf.MaxPool2d(2), zf.LocalResponseNorm(3), zf.ConvReLU2d(8, 4, 3)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def _rank(rank, folder):
+    """One of two processes: its half of the batch; DDP warns of a gradient with other strides than its weight's."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    network = nn.parallel.DistributedDataParallel(_network())
+    network(normal(4, 3, 8, 8).float()[rank::2]).square().sum().backward()
+    torch.save([p.grad for p in network.parameters()], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_by_ddp(tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    network = _network()
+    (network(normal(4, 3, 8, 8).float()).square().sum() / 2).backward()
+    for rank in (0, 1):
+        for gradient, parameter in zip(torch.load(tmp_path / str(rank)), network.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
+            assert gradient.stride() == parameter.stride() == parameter.grad.stride()

@@ -13,7 +13,6 @@ from oracles import (
     Sample,
     agree_or_both_refuse,
     channels_innermost,
-    check_compiled,
     check_out_convention,
     check_registration,
     check_values,
@@ -54,43 +53,12 @@ def test_values_and_gradient(backend, sample, dtype):
     check_values(ops.relu_max_pool2d, reference.relu_max_pool2d, torchs, sample, backend.device, dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    sample = sample_inputs()[1]
-    check_values(ops.relu_max_pool2d, reference.relu_max_pool2d, torchs, sample, backend.device, torch.float32, layout)
-
-
 def test_memory_format_follows_the_input(backend):
     for layout in ("channels_last", "sliced channels_last"):
         placed = sample_inputs()[0].on(backend.device, torch.float32, layout)
         output, switches = placed.call(ops.relu_max_pool2d)
         (gradient,) = torch.autograd.grad(output.square().sum(), placed.leaves())
         assert all(map(channels_innermost, (output, switches, gradient)))
-
-
-@NATIVE
-@SAMPLES
-def test_registration(backend, sample):
-    check_registration(ops.relu_max_pool2d, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiled(backend, layout):
-    check_compiled(ops.relu_max_pool2d, sample_inputs()[0].on(backend.device, torch.float32, layout))
-
-
-@NATIVE
-def test_gradcheck(backend):
-    values = torch.randperm(70, generator=torch.Generator().manual_seed(1)) - 35.5  # further apart than a step
-    x = values.view(1, 1, 7, 10).double().to(backend.device).requires_grad_()
-    options = sample_inputs()[2].options
-
-    def pool(x):
-        return ops.relu_max_pool2d(x, **options)[0]
-
-    assert torch.autograd.gradcheck(pool, [x])
-    assert torch.autograd.gradgradcheck(pool, [x])
 
 
 def test_only_pooled_tensors_are_kept(backend):
@@ -200,12 +168,3 @@ def test_out_compiles(backend):
     doubled = torch.compile(twice, fullgraph=True, backend="aot_eager")(x, *results)
     assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
     assert torch.equal(doubled, 2 * expected[0])
-
-
-def test_the_same_bits_with_any_number_of_threads(backend, threads):
-    x = normal(3, 5, 20, 21).float().to(backend.device)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(ops.relu_max_pool2d(x, 3, 2))
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))

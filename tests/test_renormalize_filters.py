@@ -91,6 +91,18 @@ def test_is_a_write_that_autograd_sees(backend):
 
 
 @NATIVE
+def test_autocast_converts_nothing_that_is_written(backend):
+    """A copy would be scaled instead."""
+    weight = torch.ones(2, 3, 3, 3, device=backend.device, dtype=torch.bfloat16)
+    with torch.autocast(backend.device.type, torch.bfloat16), pytest.raises(RuntimeError, match="weight has dtype"):
+        ops.renormalize_filters_(weight, 0.1)
+    output = torch.empty(1, 2, 3, 3, device=backend.device, dtype=torch.bfloat16)
+    switches = torch.zeros(1, 2, 3, 3, device=backend.device, dtype=torch.uint8)
+    with torch.autocast(backend.device.type, torch.bfloat16), pytest.raises(RuntimeError, match="out has dtype"):
+        ops.switch_gather(torch.ones(1, 2, 6, 6, device=backend.device), switches, 2, out=output)
+
+
+@NATIVE
 def test_registration(backend):
     sample = Sample([filters(4, 3, 2, 2)], {"max_rms": 0.3}, differentiable=False)
     check_registration(ops.renormalize_filters_, sample.on(backend.device, torch.float32))

@@ -9,7 +9,6 @@ from oracles import (
     NATIVE,
     Sample,
     channels_innermost,
-    check_compiled,
     check_exact,
     check_out_convention,
     check_registration,
@@ -56,12 +55,6 @@ def test_values_and_gradient(backend, sample, dtype):
     check_values(ops.switch_gather, reference.switch_gather, torchs, sample, backend.device, dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    sample = sample_inputs()[1]
-    check_values(ops.switch_gather, reference.switch_gather, torchs, sample, backend.device, torch.float32, layout)
-
-
 def test_memory_format_follows_the_input(backend):
     """… and not the switches, which may have another."""
     placed = sample_inputs()[0].on(backend.device, torch.float32, "channels_last")
@@ -69,28 +62,6 @@ def test_memory_format_follows_the_input(backend):
     output = placed.call(ops.switch_gather)
     assert channels_innermost(output) and not output.is_contiguous()
     assert torch.equal(output, sample_inputs()[0].on(backend.device, torch.float32).call(ops.switch_gather))
-
-
-@NATIVE
-@SAMPLES
-def test_registration(backend, sample):
-    check_registration(ops.switch_gather, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-def test_compiled(backend):
-    check_compiled(ops.switch_gather, sample_inputs()[1].on(backend.device, torch.float32, "channels_last"))
-
-
-@NATIVE
-def test_gradcheck(backend):
-    values, switches = pooled(normal(1, 2, 5, 6), 3, 2, ceil_mode=True).on(backend.device, torch.float64).tensors
-
-    def gather(v):
-        return ops.switch_gather(v, switches, 3, 2)
-
-    assert torch.autograd.gradcheck(gather, [values])
-    assert torch.autograd.gradgradcheck(gather, [values])
 
 
 def test_gives_the_pooled_values(backend):

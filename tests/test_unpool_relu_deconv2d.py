@@ -12,7 +12,6 @@ from oracles import (
     Sample,
     agree_or_both_refuse,
     channels_innermost,
-    check_compiled,
     check_exact,
     check_out_convention,
     check_registration,
@@ -131,33 +130,6 @@ def test_the_same_bits_as_in_two_steps(backend, layout, image, kernel):
     fused = ops.unpool_relu_deconv2d(signal, switches, weight, bias, **sample.options)
     maps = ops.max_unpool2d(signal, switches, 3, 2, output_size=(30, 75))
     assert torch.equal(fused, ops.deconv2d(maps, weight, bias, 2, 1))
-
-
-@NATIVE
-@pytest.mark.parametrize("number", [0, 1, 3, 4, 7, 13])
-def test_registration(backend, number):
-    check_registration(ops.unpool_relu_deconv2d, sample_inputs()[number].on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("number", [1, 3])
-def test_compiled(backend, number):
-    sample = sample_inputs()[number].on(backend.device, torch.float32, "channels_last")
-    check_compiled(ops.unpool_relu_deconv2d, sample)
-
-
-@NATIVE
-@pytest.mark.parametrize("overlap", ["sum", "overwrite"])
-@pytest.mark.parametrize("gate", GATES)
-def test_gradcheck(backend, gate, overlap):
-    sample = stepped(normal, 3, (1, 2, 4, 5), (3, 2), pool=PAPER, gate=gate, overlap=overlap, stride=2, padding=1)
-    sample = sample.on(backend.device, torch.float64)
-    signal, switches, *rest = sample.tensors
-
-    def step(signal, *rest):
-        return ops.unpool_relu_deconv2d(signal, switches, *rest, **sample.options)
-
-    assert torch.autograd.gradcheck(step, [signal, *rest])
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
-    LAYOUTS,
     NATIVE,
     Sample,
-    check_compiled,
     check_exact,
-    check_registration,
     check_values,
     for_all,
     normal,
@@ -139,12 +136,6 @@ def test_values(backend, sample, dtype):
     check_values(ops.window_deconv2d, reference.window_deconv2d, torchs, sample, backend.device, dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, layout):
-    sample = sample_inputs()[4]
-    check_values(ops.window_deconv2d, reference.window_deconv2d, torchs, sample, backend.device, torch.float32, layout)
-
-
 @pytest.mark.parametrize("windows", [1, 3, 64, 100])
 @pytest.mark.parametrize("size", range(1, 8))
 def test_three_by_three_filters(backend, size, windows):
@@ -168,19 +159,6 @@ def test_more_maps_than_are_held_at_a_time(backend):
     """Their maps are 39 MB; the CUDA form writes 32 MiB of them at a time."""
     sample = step((1, 1), (64, 2, 1, 1), (17, 17), 300, pool=((15, 17), 1, 1), gate="guided")
     check_values(ops.window_deconv2d, reference.window_deconv2d, torchs, sample, backend.device, torch.float64)
-
-
-@NATIVE
-@SAMPLES
-def test_registration(backend, sample):
-    check_registration(ops.window_deconv2d, sample.on(backend.device, torch.float32))
-
-
-@NATIVE
-@pytest.mark.parametrize("gate", GATES)
-def test_compiled(backend, gate):
-    sample = step((2, 2), (6, 4, 5, 5), (13, 14), stride=2, gate=gate, pool=(3, 2, 1))
-    check_compiled(ops.window_deconv2d, sample.on(backend.device, torch.float32))
 
 
 def test_a_gradient_is_refused(backend):

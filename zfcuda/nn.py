@@ -34,21 +34,15 @@ class ConvReLU2d(nn.Conv2d):
     ------
     RuntimeError
         If ``padding_mode`` is not ``"zeros"``.
-    TypeError
-        If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
-
-    padding: tuple[int, int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise RuntimeError(f"padding_mode is {self.padding_mode!r}; it must be 'zeros': pad the input instead")
-        if isinstance(self.padding, str):
-            raise TypeError(f"padding is {self.padding!r}; it must be an int or two ints (height, width)")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(batch, in_channels, height, width) to (batch, out_channels, …), rectified."""
+        """(batch, in_channels, height, width) to (batch, out_channels, …), rectified; the batch may be missing."""
         return ops.conv2d_relu(input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -73,6 +67,8 @@ class ConvReLUMaxPool2d(ConvReLU2d):
         If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
 
+    padding: tuple[int, int]
+
     def __init__(
         self,
         *args: Any,
@@ -85,6 +81,8 @@ class ConvReLUMaxPool2d(ConvReLU2d):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.padding, str):
+            raise TypeError(f"padding is {self.padding!r}; it must be an int or two ints (height, width)")
         self.pool_kernel_size = pool_kernel_size
         self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
         self.pool_padding, self.pool_dilation, self.pool_ceil_mode = pool_padding, pool_dilation, pool_ceil_mode

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import importlib
 import platform
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -77,14 +81,137 @@ def run(function: str, like: Tensor, *arguments: Any) -> None:
     """
     call = getattr(_backend(like.device), function)
     call(*map(_address, arguments), _exec(like.device))
+    if record := _recording():
+        record.calls.append(_Call(function, arguments))
+
+
+def empty(
+    size: Sequence[int],
+    like: Tensor,
+    dtype: torch.dtype | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """An uninitialised tensor for :func:`run` to write, on the device and by default of the dtype of ``like``."""
+    tensor = torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    if record := _recording():
+        record.allocated.append(tensor)
+    return tensor
 
 
 def room(function: str, like: Tensor, *arguments: Any) -> Tensor:
     """As many uninitialised bytes as ``function`` answers to these arguments."""
     size = getattr(_backend(like.device), function)(*arguments, _exec(like.device))
-    return torch.empty(size, dtype=torch.uint8, device=like.device)
+    return empty([size], like, dtype=torch.uint8)
 
 
 def workspace(function: str, like: Tensor, *arguments: Any) -> Tensor:
     """The scratch memory that ``function`` asks for with these arguments, uninitialised."""
     return room(f"{function}_workspace", like, *arguments)
+
+
+def find(function: str, like: Tensor, *arguments: Any) -> int:
+    """The index that ``function`` finds and writes as its last argument, -1 for none; waits for the device."""
+    found = empty([1], like, dtype=torch.int64)
+    run(function, like, *arguments, found)
+    if record := _recording():
+        record.calls[-1].found = found
+    return int(found)
+
+
+# ---------------------------------------------------------------- calls that can be repeated
+
+
+@dataclass
+class _Call:
+    """A kernel's name and arguments; for those of :func:`find` the tensor with their answer."""
+
+    function: str
+    arguments: tuple[Any, ...]
+    found: Tensor | None = None
+
+
+@dataclass
+class Record:
+    """What a call of an operator came to, on this thread: kernels, and the tensors allocated for them."""
+
+    calls: list[_Call] = field(default_factory=list)
+    allocated: list[Tensor] = field(default_factory=list)
+
+    def teach(self, memo: Any, key: bytes, arguments: tuple[Any, ...], result: Any) -> None:
+        """Let ``memo`` repeat the call that had ``arguments``.
+
+        Not if a kernel read, or the call returned, a tensor that is neither an argument nor allocated for it: something
+        else computed that, such as a copy into other strides. Nor if a GPU's kernel had to find nothing, which the host
+        cannot see, or is not asked to while a graph is captured.
+        """
+        results = result if isinstance(result, tuple) else (result,)
+        inputs = [a for a in arguments if isinstance(a, Tensor)]
+        used = {id(t) for call in self.calls for t in call.arguments if isinstance(t, Tensor)}
+        made = [t for t in self.allocated if id(t) in used and t.numel()]
+        numbers: dict[int, int | None] = {id(t): None for t in self.allocated}  # nothing is at an empty one
+        numbers |= {id(t): n for n, t in enumerate([*inputs, *made])}
+        first = len(inputs)
+        places = [n - first for t in results if (n := numbers.get(id(t))) is not None and n >= first]
+        if not self.calls or not used <= numbers.keys() or len(places) != len(results):
+            return
+        if results[0].is_cuda and (
+            any(call.found is not None for call in self.calls) or torch.cuda.is_current_stream_capturing()
+        ):
+            return
+        prepare = _backend(results[0].device).prepare
+        steps = []
+        for call in self.calls:
+            slots = tuple(numbers[id(a)] if isinstance(a, Tensor) else a for a in call.arguments)
+            steps.append((prepare(call.function, slots), -1 if call.found is None else numbers[id(call.found)]))
+        small = sum(t.numel() * t.element_size() for t in (*inputs, *made)) <= _SMALL
+        memo.learn(
+            key,
+            steps,
+            list(map(_allocation, made)),
+            places,
+            not isinstance(result, tuple),
+            small,
+        )
+
+
+#: Bytes of all tensors up to which a kernel takes less time than another thread needs to get the GIL.
+_SMALL = 1 << 15
+
+
+def _allocation(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """A function and arguments for it that allocate a tensor like this one."""
+    if tensor.is_cpu and _empty_strided_cpu:
+        return _empty_strided_cpu, (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    prototype = torch.empty_like(tensor)
+    prototype.untyped_storage().resize_(0)
+    return torch.empty_like, (prototype,)
+
+
+#: What compiled graphs allocate by: half the time of ``torch.empty_strided``.
+_empty_strided_cpu = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
+
+
+_THREAD = threading.local()
+
+
+def _recording() -> Record | None:
+    return getattr(_THREAD, "record", None)
+
+
+@contextmanager
+def recording() -> Iterator[Record]:
+    """Writes down what this thread runs and allocates."""
+    outer, _THREAD.record = _recording(), Record()
+    try:
+        yield _THREAD.record
+    finally:
+        _THREAD.record = outer
+
+
+def memo(guards: list[Callable[[], Any]]) -> Any:
+    """A ``Memo`` of ``csrc/memo.h``; None with a torch before 2.10, which gives no C function that reads tensors."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None:
+        return None
+    types, modes = (Tensor, torch.nn.Parameter), (torch.is_grad_enabled, torch.get_num_threads)
+    return cpu().Memo(types, guards, *modes, vars(torch.autograd.forward_ad), exchange)

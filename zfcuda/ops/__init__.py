@@ -4,9 +4,6 @@ In the place of tensors they take arrays of NumPy, CuPy and other libraries that
 return arrays of the same kind: no copy is made.
 """
 
-import sys
-
-from zfcuda.ops._arrays import accept_arrays
 from zfcuda.ops.conv2d_relu import conv2d_relu
 from zfcuda.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from zfcuda.ops.crop_windows import crop_windows
@@ -40,8 +37,3 @@ __all__ = [
     "unpool_relu_deconv2d",
     "window_deconv2d",
 ]
-
-for _name in __all__:
-    _function = globals()[_name]
-    if not isinstance(_function, type):
-        globals()[_name] = vars(sys.modules[_function.__module__])[_name] = accept_arrays(_function)

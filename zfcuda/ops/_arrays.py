@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-__all__ = ["accept_arrays", "on_arrays"]
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def accept_arrays(function: Function) -> Function:
-    """Let ``function`` take arrays in the place of all its tensors, and return arrays of the same kind."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], Tensor):
-            return function(*args, **kwargs)
-        arguments = (*args, *kwargs.values())
-        if has_torch_function(arguments):
-            return handle_torch_function(call, arguments, *args, **kwargs)
-        if any(isinstance(a, Tensor) for a in arguments):
-            return function(*args, **kwargs)
-        return on_arrays(function, args, kwargs)
-
-    return cast(Function, call)
+__all__ = ["on_arrays"]
 
 
 def on_arrays(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from zfcuda import core
 
-NAMESPACE = "zfcuda"
-
 #: Switches are one byte.
 MAX_WINDOW = 256
 
@@ -69,6 +67,11 @@ def tensor(name: str, value: Any, optional: bool = False) -> Any:
     return value
 
 
+def is_image(value: Any) -> bool:
+    """Whether a tensor is one image, (channels, height, width), for which torch lets a batch of one stand."""
+    return isinstance(value, Tensor) and value.dim() == 3
+
+
 def option(name: str, value: str, choices: Sequence[str]) -> str:
     """``value`` itself if it is one of ``choices``, else ValueError."""
     if value not in choices:
@@ -123,11 +126,13 @@ def check_shape(name: str, value: Tensor, shape: Sequence[int], why: str) -> Non
 
 
 def check_at_least(minimum: int, **arguments: Sequence[int]) -> None:
-    """Check that both numbers of every argument are at least ``minimum``."""
+    """Check that both numbers of every argument are at least ``minimum``, and that sums of them are no overflow."""
     for name, values in arguments.items():
         for value in values:
             if value < minimum:
                 raise RuntimeError(f"{name} is {tuple(values)}; both numbers must be at least {minimum}")
+            if value >= 1 << 31:
+                raise RuntimeError(f"{name} is {tuple(values)}; both numbers must be less than 2^31")
 
 
 def memory_format(value: Tensor) -> torch.memory_format:
@@ -149,28 +154,4 @@ def dense(value: MaybeTensor, layout: torch.memory_format) -> MaybeTensor:
 
 def empty(like: Tensor, size: Sequence[int], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor on the device of ``like``: what the fake and the real operator both return."""
-    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
-
-
-def first_derivative_only(operator: torch.library.CustomOpDef, name: str) -> None:
-    """Make ``operator``, a gradient of the operator ``name``, refuse to be differentiated."""
-    _refuse_backward(
-        operator,
-        f"zfcuda.ops.{name} has first derivatives only, but a second one was asked for; "
-        "take the first gradient without create_graph=True",
-    )
-
-
-def not_differentiable(operator: torch.library.CustomOpDef, name: str, remedy: str) -> None:
-    """Make ``operator``, which computes ``name``, refuse a backward pass through its results.
-
-    Inputs that require gradients are welcome: a network's weights do.
-    """
-    _refuse_backward(operator, f"zfcuda.ops.{name} is not differentiable, but a gradient was asked for; {remedy}")
-
-
-def _refuse_backward(operator: torch.library.CustomOpDef, message: str) -> None:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(message)
-
-    operator.register_autograd(backward)
+    return core.empty(size, like, dtype, layout)

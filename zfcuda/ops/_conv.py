@@ -6,22 +6,21 @@ Both are linear in each tensor apart from the gate, so each is the gradient of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import (
-    NAMESPACE,
     check_at_least,
     check_tensor,
     dense,
     empty,
-    first_derivative_only,
     memory_format,
 )
+from zfcuda.ops._register import operator
 
 
 class Filters(NamedTuple):
@@ -94,17 +93,34 @@ def convolve(
     layout = memory_format(image)
     maps = empty(image, [image.size(0), weight.size(0), *maps_size], layout)
     if maps.numel():
-        where = filters.shape(image.shape, maps.shape, weight, layout), core.DTYPES[image.dtype]
-        scratch = core.workspace("conv2d", image, *where)
-        tensors = dense(image, layout), weight.contiguous(), None if bias is None else bias.contiguous()
-        core.run("conv2d", image, *where, core.GATES[gate], *tensors, dense(forward, layout), maps, scratch)
+        fixed = weight.contiguous(), None if bias is None else bias.contiguous()
+        for images, gates, part in in_parts(maps, weight, dense(image, layout), dense(forward, layout), maps):
+            where = filters.shape(images.shape, part.shape, weight, layout), core.DTYPES[image.dtype]
+            scratch = core.workspace("conv2d", image, *where)
+            core.run("conv2d", image, *where, core.GATES[gate], images, *fixed, gates, part, scratch)
     return maps
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_gated", mutates_args=())
+#: Multiplications of one call of the CPU's core, about a second's: between two calls Python looks for Ctrl-C.
+MOST_AT_A_TIME = 1 << 36
+
+
+def in_parts(maps: Tensor, weight: Tensor, *tensors: Any) -> Iterator[tuple[Any, ...]]:
+    """The tensors of a convolution with these maps for some images after others; themselves for few on the CPU."""
+    images = maps.size(0)
+    count = max(1, MOST_AT_A_TIME * images // (maps.numel() * weight[0].numel()))
+    if count >= images or not maps.is_cpu:
+        yield tensors
+        return
+    for first in range(0, images, count):
+        yield tuple(None if t is None else t[first : first + count] for t in tensors)
+
+
+@operator("conv2d_gated", batched=("image", "forward"))
 def conv2d_gated(
     image: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     forward: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -112,15 +128,16 @@ def conv2d_gated(
     groups: int,
     maps_size: Sequence[int],
 ) -> Tensor:
-    """Convolution without bias, zero where ``forward <= 0``: the gradient of ``deconv2d`` by its signal."""
+    """Convolution, zero where ``forward <= 0``: the gradient of ``deconv2d`` by its signal."""
     gate = "none" if forward is None else "backprop"
-    return convolve(image, weight, None, forward, Filters(stride, padding, dilation, groups), gate, maps_size)
+    return convolve(image, weight, bias, forward, Filters(stride, padding, dilation, groups), gate, maps_size)
 
 
 @conv2d_gated.register_fake
 def _(
     image: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     forward: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -131,7 +148,7 @@ def _(
     return empty(image, [image.size(0), weight.size(0), *maps_size], memory_format(image))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_weight_gradient", mutates_args=())
+@operator("conv2d_weight_gradient")
 def conv2d_weight_gradient(
     image: Tensor,
     signal: Tensor,
@@ -174,7 +191,3 @@ def _(
     with_bias: bool,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), weight.new_empty(signal.size(1) if with_bias else 0)
-
-
-first_derivative_only(conv2d_gated, "deconv2d")
-first_derivative_only(conv2d_weight_gradient, "conv2d_relu and zfcuda.ops.deconv2d")

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from zfcuda.ops._common import NAMESPACE, dense, empty, integer, memory_format, pair, tensor
-from zfcuda.ops._conv import Filters, check_bias, conv2d_weight_gradient, convolve
-from zfcuda.ops.deconv2d import deconvolve
+from zfcuda.ops._common import dense, empty, integer, is_image, memory_format, option, pair, tensor
+from zfcuda.ops._conv import Filters, check_bias, convolve
+from zfcuda.ops._register import entry, operator
+from zfcuda.ops.deconv2d import convolution_backward
 
 __all__ = ["conv2d_relu"]
 
 
+@entry(casts=True)
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
@@ -31,13 +33,13 @@ def conv2d_relu(
     Parameters
     ----------
     input
-        (batch, in_channels, height, width), float32 or float64, any strides.
+        (batch, in_channels, height, width), or one image without the batch; float32 or float64, any strides.
     weight
         (out_channels, in_channels / groups, kernel_h, kernel_w).
     bias
         (out_channels,) or None.
     stride, padding, dilation, groups
-        As in ``torch.nn.functional.conv2d``; padding is a number, not a mode.
+        As in ``torch.nn.functional.conv2d``, with ``padding="valid"`` and ``"same"``.
 
     Returns
     -------
@@ -48,14 +50,20 @@ def conv2d_relu(
     ------
     TypeError
         If an argument has the wrong Python type.
+    ValueError
+        If ``padding`` is a string, but neither of its two modes.
     RuntimeError
         If a tensor or a size is impossible; the message names the argument and its value.
 
     Notes
     -----
-    First derivatives with respect to input, weight and bias; as in torch the rectifier's is 0 at 0 and passes
-    at NaN.
+    Differentiable any number of times with respect to input, weight and bias; as in torch the rectifier's derivative is
+    0 at 0 and passes at NaN.
     """
+    if is_image(input):
+        return conv2d_relu(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    if isinstance(padding, str):
+        input, padding = _mode(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
     return _conv2d_relu(
         tensor("input", input),
         tensor("weight", weight),
@@ -65,6 +73,24 @@ def conv2d_relu(
         pair("dilation", dilation),
         integer("groups", groups),
     )
+
+
+def _mode(
+    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: str, dilation: int | Sequence[int]
+) -> tuple[Tensor, Sequence[int]]:
+    """The input, padded where a mode asks for more on one side, as torch pads it: on the right; and what is left."""
+    option("padding", padding, ("valid", "same"))
+    if padding == "valid" or input.dim() != 4 or weight.dim() != 4:  # a wrong rank is named later
+        return input, [0, 0]
+    if pair("stride", stride) != [1, 1]:
+        raise RuntimeError(f"padding is 'same' with stride={stride!r}; it needs stride=1: give padding as a number")
+    (top, bottom), (left, right) = (
+        (d * (k - 1) // 2, (d * (k - 1) + 1) // 2)
+        for k, d in zip(weight.shape[2:], pair("dilation", dilation), strict=True)
+    )
+    if bottom > top or right > left:
+        input = F.pad(input, (0, right - left, 0, bottom - top))
+    return input, [top, left]
 
 
 def check(input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters) -> list[int]:
@@ -80,7 +106,7 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters) 
     return size
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_relu", mutates_args=())
+@operator("conv2d_relu", batched=("input",))
 def _conv2d_relu(
     input: Tensor,
     weight: Tensor,
@@ -118,23 +144,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
-    filters: Filters = ctx.filters
-    needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad = dense(grad, memory_format(output))
-    grad_input = grad_weight = grad_bias = None
-    if needs_input:
-        reached = filters.image_size(output.shape[2:], weight.shape[2:])
-        rest = [n - r for n, r in zip(ctx.input_size, reached, strict=True)]
-        stride, padding, dilation, groups = filters
-        grad_input = deconvolve(
-            grad, weight, None, stride, padding, rest, groups, dilation, "backprop", output.detach()
-        )
-    if needs_weight:
-        grad_weight, sums = conv2d_weight_gradient(input, grad, output, weight, *filters, "backprop", needs_bias)
-        grad_bias = sums if needs_bias else None
-    elif needs_bias:
-        grad_bias = grad.masked_fill(output <= 0, 0).sum((0, 2, 3))
-    return grad_input, grad_weight, grad_bias, None, None, None, None
+    gradients = convolution_backward(
+        grad, input, weight, output.detach(), ctx.input_size, ctx.filters, ctx.needs_input_grad[:3]
+    )
+    return *gradients, None, None, None, None
 
 
-_conv2d_relu.register_autograd(_backward, setup_context=_setup_context)
+_conv2d_relu.register_autograd(_backward, _setup_context)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, dense, empty, flag, integer, memory_format, pair, tensor
+from zfcuda.ops._common import dense, empty, flag, integer, memory_format, pair, tensor
 from zfcuda.ops._conv import Filters, conv2d_weight_gradient
 from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
+from zfcuda.ops._register import entry, operator
 from zfcuda.ops.conv2d_relu import check
 from zfcuda.ops.deconv2d import deconvolve
 from zfcuda.ops.max_unpool2d import unpool
@@ -20,6 +21,7 @@ from zfcuda.ops.max_unpool2d import unpool
 __all__ = ["conv2d_relu_max_pool2d"]
 
 
+@entry(casts=True)
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -77,8 +79,9 @@ def conv2d_relu_max_pool2d(
 
     Notes
     -----
-    First derivatives with respect to input, weight and bias. Where two values of a window are equal but for
-    rounding, the switch may differ from that of a convolution that adds in another order, torch's for one.
+    Differentiable any number of times with respect to input, weight and bias. Where two values of a window are
+    equal but for rounding, the switch may differ from that of a convolution that adds in another order, torch's
+    for one.
     """
     kernel = pair("pool_kernel_size", pool_kernel_size)
     arguments = (
@@ -133,7 +136,7 @@ def _run(
         core.run("conv2d_relu_max_pool2d", input, *where, *tensors, output, switches, scratch)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_relu_max_pool2d", mutates_args=())
+@operator("conv2d_relu_max_pool2d", batched=("input",))
 def _conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -178,7 +181,7 @@ def _(
     return empty(input, size, layout), empty(input, size, layout, torch.uint8)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::conv2d_relu_max_pool2d_out", mutates_args=("output", "switches"))
+@operator("conv2d_relu_max_pool2d_out", mutates=("output", "switches"))
 def _conv2d_relu_max_pool2d_out(
     input: Tensor,
     weight: Tensor,
@@ -257,4 +260,4 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     return grad_input, grad_weight, grad_bias, *(None,) * 9
 
 
-_conv2d_relu_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
+_conv2d_relu_max_pool2d.register_autograd(_backward, _setup_context)

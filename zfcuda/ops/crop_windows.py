@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_device, check_shape, integer, not_differentiable, pair, tensor
+from zfcuda.ops._common import check_device, check_shape, integer, pair, tensor
+from zfcuda.ops._register import entry, not_differentiable, operator
 
 __all__ = ["crop_windows"]
 
 
+@entry(repeats=False)
 def crop_windows(input: Tensor, images: Tensor, origins: Tensor, size: int | Sequence[int], fill: int = 0) -> Tensor:
     """Cut a window out of an image for each entry of ``images``.
 
@@ -71,7 +73,7 @@ def _check(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int]) 
     return [len(images), *size, input.size(3)]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::crop_windows", mutates_args=())
+@operator("crop_windows")
 def _crop(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], fill: int) -> Tensor:
     windows = torch.empty(_check(input, images, origins, size), dtype=input.dtype, device=input.device)
     if windows.numel():

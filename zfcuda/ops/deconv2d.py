@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import (
-    NAMESPACE,
     check_at_least,
     check_shape,
     check_tensor,
     dense,
     empty,
     integer,
+    is_image,
     memory_format,
     option,
     pair,
     tensor,
 )
-from zfcuda.ops._conv import Filters, check_bias, conv2d_gated, conv2d_weight_gradient
+from zfcuda.ops._conv import Filters, check_bias, conv2d_gated, conv2d_weight_gradient, in_parts
+from zfcuda.ops._register import entry, operator
 
 __all__ = ["deconv2d"]
 
 
+@entry(casts=True)
 def deconv2d(
     signal: Tensor,
     weight: Tensor,
@@ -45,7 +46,8 @@ def deconv2d(
     Parameters
     ----------
     signal
-        (batch, in_channels, height, width), float32 or float64, any strides: what came down so far.
+        (batch, in_channels, height, width), or one image without the batch; float32 or float64, any strides: what
+        came down so far.
     weight
         (in_channels, out_channels / groups, kernel_h, kernel_w), as in ``conv_transpose2d``: the very weight of
         the convolution on the way up.
@@ -76,8 +78,13 @@ def deconv2d(
 
     Notes
     -----
-    First derivatives with respect to signal, weight and bias; ``forward`` only opens and closes, so it has none.
+    Differentiable any number of times with respect to signal, weight and bias; ``forward`` only opens and closes, so it
+    has no derivative.
     """
+    if is_image(signal) and (forward is None or is_image(forward)):
+        batch = signal.unsqueeze(0), None if forward is None else forward.unsqueeze(0)
+        slide = stride, padding, output_padding, groups, dilation
+        return deconv2d(batch[0], weight, bias, *slide, gate=gate, forward=batch[1]).squeeze(0)
     return deconvolve(
         tensor("signal", signal),
         tensor("weight", weight),
@@ -147,7 +154,7 @@ def _check(
     return size
 
 
-@torch.library.custom_op(f"{NAMESPACE}::deconv2d", mutates_args=())
+@operator("deconv2d", batched=("signal", "forward"))
 def deconvolve(
     signal: Tensor,
     weight: Tensor,
@@ -165,11 +172,11 @@ def deconvolve(
     layout = memory_format(signal)
     image = empty(signal, size, layout)
     if image.numel():
-        where = filters.shape(size, signal.shape, weight, layout), core.DTYPES[signal.dtype]
-        scratch = core.workspace("deconv2d", signal, *where)
-        tensors = dense(signal, layout), dense(forward, layout), weight.contiguous()
-        offset = None if bias is None else bias.contiguous()
-        core.run("deconv2d", signal, *where, core.GATES[gate], *tensors, offset, image, scratch)
+        fixed = weight.contiguous(), None if bias is None else bias.contiguous()
+        for maps, gates, part in in_parts(signal, weight, dense(signal, layout), dense(forward, layout), image):
+            where = filters.shape(part.shape, maps.shape, weight, layout), core.DTYPES[signal.dtype]
+            scratch = core.workspace("deconv2d", signal, *where)
+            core.run("deconv2d", signal, *where, core.GATES[gate], maps, gates, *fixed, part, scratch)
     return image
 
 
@@ -191,29 +198,110 @@ def _(
     return empty(signal, size, memory_format(signal))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+# ---------------------------------------------------------------- derivatives
+#
+# Apart from the gate, which opens and closes and has no derivative, each of the three operators is linear in each of
+# its tensors, and the gradients of each are the other two: so there are derivatives of every order.
+
+
+def convolution_backward(
+    grad: Tensor,
+    image: Tensor | None,
+    weight: Tensor,
+    forward: Tensor | None,
+    image_size: Sequence[int],
+    filters: Filters,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by image, weight and bias of a convolution that is zero where ``forward <= 0``; those of ``needs``."""
+    needs_image, needs_weight, needs_bias = needs
+    gate = "none" if forward is None else "backprop"
+    grad_image = grad_weight = grad_bias = None
+    if needs_image:
+        grad_image = _to_image(grad, weight, image_size, filters, gate, forward)
+    if needs_weight:
+        grad_weight, sums = conv2d_weight_gradient(image, grad, forward, weight, *filters, gate, needs_bias)
+        grad_bias = sums if needs_bias else None
+    elif needs_bias:
+        grad_bias = (grad if forward is None else grad.masked_fill(forward <= 0, 0)).sum((0, 2, 3))
+    return grad_image, grad_weight, grad_bias
+
+
+def _to_image(
+    signal: Tensor, weight: Tensor, size: Sequence[int], filters: Filters, gate: str, forward: Tensor | None
+) -> Tensor:
+    """The deconvolution whose result has this height and width."""
+    reached = filters.image_size(signal.shape[2:], weight.shape[2:])
+    rest = [n - r for n, r in zip(size, reached, strict=True)]
+    stride, padding, dilation, groups = filters
+    return deconvolve(signal, weight, None, stride, padding, rest, groups, dilation, gate, forward)
+
+
+def _opened(gate: str, signal: Tensor | None, forward: Tensor | None) -> Tensor | None:
+    """What is positive where a gate lets the signal pass; None for everywhere."""
+    if gate == "guided":
+        assert signal is not None and forward is not None
+        return forward.masked_fill(signal <= 0, 0)
+    return {"none": None, "deconvnet": signal, "backprop": forward}[gate]
+
+
+def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach() for t in tensors]
+
+
+def _deconv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     signal, weight, _, stride, padding, _, groups, dilation, gate, forward = inputs
     ctx.filters, ctx.gate = Filters(stride, padding, dilation, groups), gate
-    ctx.signal_size = signal.shape[2:]
+    ctx.signal_size, ctx.layout = signal.shape[2:], memory_format(output)
     needed = ctx.needs_input_grad[1] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, weight, forward)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _deconv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     signal, weight, forward = ctx.saved_tensors
-    filters: Filters = ctx.filters
+    grad = dense(grad, ctx.layout)
     needs_signal, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_signal = grad_weight = grad_bias = None
     if needs_signal:
-        opened = {"none": None, "deconvnet": signal, "backprop": forward, "guided": forward}[ctx.gate]
-        if ctx.gate == "guided":
-            opened = forward.masked_fill(signal <= 0, 0)
-        grad_signal = conv2d_gated(grad, weight, opened, *filters, ctx.signal_size)
+        opened = _opened(ctx.gate, *_detached(signal, forward))
+        grad_signal = conv2d_gated(grad, weight, None, opened, *ctx.filters, ctx.signal_size)
     if needs_weight:
-        grad_weight, _ = conv2d_weight_gradient(grad, signal, forward, weight, *filters, ctx.gate, False)
+        grad_weight, _ = conv2d_weight_gradient(grad, signal, forward, weight, *ctx.filters, ctx.gate, False)
     if needs_bias:
         grad_bias = grad.sum((0, 2, 3))
     return grad_signal, grad_weight, grad_bias, *(None,) * 7
 
 
-deconvolve.register_autograd(_backward, setup_context=_setup_context)
+def _gated_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, weight, _, forward, *filters, _ = inputs
+    ctx.filters, ctx.image_size = Filters(*filters), image.shape[2:]
+    ctx.save_for_backward(image if ctx.needs_input_grad[1] else None, weight, forward)
+
+
+def _gated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    image, weight, forward = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    return *convolution_backward(grad, image, weight, forward, ctx.image_size, ctx.filters, needs), *(None,) * 6
+
+
+def _weight_gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    image, signal, forward, _, *filters, ctx.gate, ctx.with_bias = inputs
+    ctx.filters = Filters(*filters)
+    ctx.save_for_backward(image, signal, forward)
+
+
+def _weight_gradient_backward(ctx: Any, by_weight: Tensor, by_bias: Tensor) -> tuple[Tensor | None, ...]:
+    image, signal, forward = ctx.saved_tensors
+    grad_image = grad_signal = None
+    if ctx.needs_input_grad[0]:
+        grad_image = _to_image(signal, by_weight, image.shape[2:], ctx.filters, ctx.gate, forward)
+    if ctx.needs_input_grad[1]:
+        bias = by_bias if ctx.with_bias else None
+        opened = _opened(ctx.gate, *_detached(signal, forward))
+        grad_signal = conv2d_gated(image, by_weight, bias, opened, *ctx.filters, signal.shape[2:])
+    return grad_image, grad_signal, *(None,) * 8
+
+
+deconvolve.register_autograd(_deconv_backward, _deconv_setup_context)
+conv2d_gated.register_autograd(_gated_backward, _gated_setup_context)
+conv2d_weight_gradient.register_autograd(_weight_gradient_backward, _weight_gradient_setup_context)

@@ -5,24 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import (
-    NAMESPACE,
     check_tensor,
     dense,
     empty,
-    first_derivative_only,
     integer,
     memory_format,
     number,
     tensor,
 )
+from zfcuda.ops._register import entry, operator
 
 __all__ = ["local_response_norm"]
 
 
+@entry()
 def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
     r"""Divide each value by its neighbourhood across channels, as the paper's contrast normalisation does.
 
@@ -53,8 +54,8 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
 
     Notes
     -----
-    First derivative with respect to ``input``, which is all that is kept for it: the denominators are computed
-    again.
+    Differentiable any number of times with respect to ``input``, which is all that is kept for it: the denominators are
+    computed again. From the second derivative on torch's operators compute it, in several passes.
     """
     return _local_response_norm(
         tensor("input", input),
@@ -73,17 +74,19 @@ def _allocate(input: Tensor, size: int) -> tuple[Tensor, torch.memory_format]:
     return empty(input, input.shape, layout), layout
 
 
-def _shape(input: Tensor, size: int, layout: torch.memory_format) -> tuple[int, ...]:
-    """NormShape of csrc/shapes.h."""
-    return *input.shape, size, int(layout == torch.channels_last)
+def _where(input: Tensor, size: int, alpha: float, layout: torch.memory_format) -> tuple[tuple[int, ...], int, float]:
+    """NormShape of csrc/shapes.h, the dtype, and the alpha for it: a window wider than all channels is cut."""
+    seen = min(size, 2 * input.size(1))
+    shape = (*input.shape, seen, int(layout == torch.channels_last))
+    return shape, core.DTYPES[input.dtype], alpha if seen == size else alpha * seen / size
 
 
-@torch.library.custom_op(f"{NAMESPACE}::local_response_norm", mutates_args=())
+@operator("local_response_norm", batched=("input",))
 def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     output, layout = _allocate(input, size)
     if output.numel():
-        where = _shape(input, size, layout), core.DTYPES[input.dtype]
-        core.run("local_response_norm", input, *where, alpha, beta, k, dense(input, layout), output)
+        where = _where(input, size, alpha, layout)
+        core.run("local_response_norm", input, *where, beta, k, dense(input, layout), output)
     return output
 
 
@@ -92,13 +95,13 @@ def _(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     return _allocate(input, size)[0]
 
 
-@torch.library.custom_op(f"{NAMESPACE}::local_response_norm_gradient", mutates_args=())
+@operator("local_response_norm_gradient", batched=("input", "grad"))
 def _gradient(input: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     grad_input, layout = _allocate(input, size)
     if grad_input.numel():
-        where = _shape(input, size, layout), core.DTYPES[input.dtype]
+        where = _where(input, size, alpha, layout)
         tensors = dense(input, layout), dense(grad, layout), grad_input
-        core.run("local_response_norm_gradient", input, *where, alpha, beta, k, *tensors)
+        core.run("local_response_norm_gradient", input, *where, beta, k, *tensors)
     return grad_input
 
 
@@ -117,5 +120,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _gradient(input, grad, *ctx.constants), None, None, None, None
 
 
-_local_response_norm.register_autograd(_backward, setup_context=_setup_context)
-first_derivative_only(_gradient, "local_response_norm")
+def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, grad, *ctx.constants = inputs
+    ctx.save_for_backward(input, grad)
+
+
+def _gradient_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """Of torch's operators: the first gradient as they compute it, differentiated again."""
+
+    def gradient(input: Tensor, grad: Tensor) -> Tensor:
+        pull_back = torch.func.vjp(lambda x: F.local_response_norm(x, *ctx.constants), input)[1]
+        return pull_back(grad)[0]
+
+    pull_back = torch.func.vjp(gradient, *ctx.saved_tensors)[1]
+    return *pull_back(cotangent), None, None, None, None
+
+
+_local_response_norm.register_autograd(_backward, _setup_context)
+_gradient.register_autograd(_gradient_backward, _gradient_setup_context)

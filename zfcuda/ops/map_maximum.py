@@ -9,20 +9,20 @@ from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import (
-    NAMESPACE,
     check_shape,
     check_tensor,
     dense,
     memory_format,
-    not_differentiable,
     pair,
     tensor,
 )
 from zfcuda.ops._pool import Window, check_switches
+from zfcuda.ops._register import entry, not_differentiable, operator
 
 __all__ = ["map_maximum"]
 
 
+@entry()
 def map_maximum(
     input: Tensor,
     pooled: Tensor | None = None,
@@ -92,7 +92,11 @@ def _check(input: Tensor, pooled: Tensor | None, switches: Tensor | None, window
     return list(pooled.shape)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::map_maximum", mutates_args=())
+def _allocate(input: Tensor) -> tuple[Tensor, Tensor]:
+    return core.empty(input.shape[:2], input), core.empty(input.shape[:2], input, dtype=torch.int64)
+
+
+@operator("map_maximum", batched=("input", "pooled", "switches"))
 def _maximum(
     input: Tensor,
     pooled: Tensor | None,
@@ -107,7 +111,7 @@ def _maximum(
     layout = memory_format(input)
     if max(dilation) > 1 or any(s > k for s, k in zip(stride, kernel_size, strict=True)):
         pooled = switches = None  # gaps between and in windows
-    values, positions = input.new_empty(input.shape[:2]), input.new_empty(input.shape[:2], dtype=torch.int64)
+    values, positions = _allocate(input)
     if values.numel():
         where = window.shape(input.shape, pooled_size, layout), core.DTYPES[input.dtype]
         tensors = dense(input, layout), dense(pooled, layout), dense(switches, layout)
@@ -126,7 +130,7 @@ def _(
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     _check(input, pooled, switches, Window(kernel_size, stride, padding, dilation))
-    return input.new_empty(input.shape[:2]), input.new_empty(input.shape[:2], dtype=torch.int64)
+    return _allocate(input)
 
 
 not_differentiable(_maximum, "map_maximum", "gather the input at the positions to differentiate by it")

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zfcuda.ops._common import NAMESPACE, dense, empty, flag, memory_format, pair, tensor
+from zfcuda.ops._common import dense, empty, flag, is_image, memory_format, pair, tensor
 from zfcuda.ops._pool import Window, pool
+from zfcuda.ops._register import entry, operator
 from zfcuda.ops.max_unpool2d import unpool
 
 __all__ = ["max_pool2d"]
 
 
+@entry()
 def max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int],
@@ -30,7 +32,7 @@ def max_pool2d(
     Parameters
     ----------
     input
-        (batch, channels, height, width), float32 or float64, any strides.
+        (batch, channels, height, width), or one image without the batch; float32 or float64, any strides.
     kernel_size, stride, padding, dilation, ceil_mode
         As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
         positions.
@@ -53,6 +55,9 @@ def max_pool2d(
     -----
     Differentiable any number of times with respect to ``input``; only the switches are kept for it.
     """
+    if is_image(input):
+        output, switches = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode)
+        return output.squeeze(0), switches.squeeze(0)
     kernel = pair("kernel_size", kernel_size)
     return _max_pool2d(
         tensor("input", input),
@@ -70,7 +75,7 @@ def allocate(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Te
     return empty(input, size, layout), empty(input, size, layout, torch.uint8)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::max_pool2d", mutates_args=())
+@operator("max_pool2d", batched=("input",))
 def _max_pool2d(
     input: Tensor,
     kernel_size: Sequence[int],
@@ -113,4 +118,4 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     return grad, None, None, None, None, None
 
 
-_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
+_max_pool2d.register_autograd(_backward, _setup_context)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_tensor, dense, empty, integers, memory_format, option, pair, tensor
+from zfcuda.ops._common import check_tensor, dense, empty, integers, is_image, memory_format, option, pair, tensor
 from zfcuda.ops._pool import Window, check_switches
+from zfcuda.ops._register import entry, operator
 
 __all__ = ["max_unpool2d"]
 
 OVERLAPS = ("sum", "overwrite")
 
 
+@entry()
 def max_unpool2d(
     input: Tensor,
     switches: Tensor,
@@ -32,7 +34,8 @@ def max_unpool2d(
     Parameters
     ----------
     input
-        Pooled values (batch, channels, height, width), float32 or float64, any strides.
+        Pooled values (batch, channels, height, width), or of one image without the batch; float32 or float64, any
+        strides.
     switches
         As :func:`max_pool2d` gives them: uint8, of the input's shape.
     kernel_size, stride, padding, dilation
@@ -65,6 +68,10 @@ def max_unpool2d(
     Differentiable any number of times with respect to ``input``. The check of the switches' values reads one
     number back, which on CUDA waits for the device; while a CUDA graph is being captured it is left out.
     """
+    if is_image(input) and is_image(switches):
+        size = None if output_size is None else integers("output_size", output_size)[-2:]
+        window = kernel_size, stride, padding, dilation
+        return max_unpool2d(input.unsqueeze(0), switches.unsqueeze(0), *window, size, overlap).squeeze(0)
     kernel = pair("kernel_size", kernel_size)
     return unpool(
         tensor("input", input),
@@ -120,9 +127,7 @@ def check_switch_values(switches: Tensor, shape: tuple[int, ...], window: Window
     """Raise RuntimeError at the first switch that points out of its window or out of the output."""
     if switches.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    found = torch.empty(1, dtype=torch.int64, device=switches.device)
-    core.run("find_invalid_switch", switches, shape, switches, found)
-    first = int(found)
+    first = core.find("find_invalid_switch", switches, shape, switches)
     if first >= 0:
         # The core counts in the order of storage.
         order = (0, 1, 2, 3) if switches.is_contiguous() else (0, 2, 3, 1)
@@ -136,7 +141,7 @@ def check_switch_values(switches: Tensor, shape: tuple[int, ...], window: Window
         )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::max_unpool2d", mutates_args=())
+@operator("max_unpool2d", batched=("input", "switches"))
 def unpool(
     input: Tensor,
     switches: Tensor,
@@ -180,7 +185,7 @@ def _(
     return empty(input, size, memory_format(input))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::switch_gather", mutates_args=())
+@operator("switch_gather", batched=("unpooled", "switches"))
 def gather(
     unpooled: Tensor,
     switches: Tensor,
@@ -242,24 +247,26 @@ def run_gather(
 
 def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, switches, *ctx.window, _, ctx.overwrite, _ = inputs
+    ctx.layout = memory_format(output)
     ctx.save_for_backward(switches)
 
 
 def _unpool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
-    return gather(grad, switches, *ctx.window, ctx.overwrite, False), *(None,) * 8
+    return gather(dense(grad, ctx.layout), switches, *ctx.window, ctx.overwrite, False), *(None,) * 8
 
 
 def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     unpooled, switches, *ctx.window, ctx.overwrite, _ = inputs
-    ctx.size = unpooled.shape[2:]
+    ctx.size, ctx.layout = unpooled.shape[2:], memory_format(output)
     ctx.save_for_backward(switches)
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
+    grad = dense(grad, ctx.layout)
     return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 7
 
 
-unpool.register_autograd(_unpool_backward, setup_context=_unpool_setup_context)
-gather.register_autograd(_gather_backward, setup_context=_gather_setup_context)
+unpool.register_autograd(_unpool_backward, _unpool_setup_context)
+gather.register_autograd(_gather_backward, _gather_setup_context)

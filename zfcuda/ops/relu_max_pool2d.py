@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from zfcuda.ops._common import NAMESPACE, dense, flag, memory_format, pair, tensor
+from zfcuda.ops._common import dense, flag, memory_format, pair, tensor
 from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window, pool
+from zfcuda.ops._register import entry, operator
 from zfcuda.ops.max_pool2d import allocate
 from zfcuda.ops.max_unpool2d import unpool
 
 __all__ = ["relu_max_pool2d"]
 
 
+@entry()
 def relu_max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int],
@@ -82,7 +83,7 @@ def relu_max_pool2d(
     return output, switches
 
 
-@torch.library.custom_op(f"{NAMESPACE}::relu_max_pool2d", mutates_args=())
+@operator("relu_max_pool2d", batched=("input",))
 def _relu_max_pool2d(
     input: Tensor,
     kernel_size: Sequence[int],
@@ -109,7 +110,7 @@ def _(
     return allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::relu_max_pool2d_out", mutates_args=("output", "switches"))
+@operator("relu_max_pool2d_out", mutates=("output", "switches"))
 def _relu_max_pool2d_out(
     input: Tensor,
     kernel_size: Sequence[int],
@@ -158,4 +159,4 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     return unpool(passed, switches, *ctx.window, ctx.input_size, False, False), *(None,) * 5
 
 
-_relu_max_pool2d.register_autograd(_backward, setup_context=_setup_context)
+_relu_max_pool2d.register_autograd(_backward, _setup_context)

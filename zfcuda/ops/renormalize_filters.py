@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import NAMESPACE, check_tensor, number, tensor
+from zfcuda.ops._common import check_tensor, number, tensor
+from zfcuda.ops._register import entry, operator
 
 __all__ = ["renormalize_filters_"]
 
 
+@entry()
 def renormalize_filters_(weight: Tensor, max_rms: float) -> Tensor:
     r"""Scale every filter whose root mean square exceeds ``max_rms`` back to it, in place.
 
@@ -56,7 +58,7 @@ def _check(weight: Tensor, max_rms: float) -> None:
         raise RuntimeError(f"max_rms is {max_rms}; it must be a number of at least 0")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::renormalize_filters_", mutates_args=("weight",))
+@operator("renormalize_filters_", mutates=("weight",))
 def _renormalize_filters(weight: Tensor, max_rms: float) -> None:
     _check(weight, max_rms)
     if not weight.numel():

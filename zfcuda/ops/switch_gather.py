@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from zfcuda.ops._common import NAMESPACE, memory_format, pair, tensor
+from zfcuda.ops._common import memory_format, pair, tensor
 from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
+from zfcuda.ops._register import entry, operator
 from zfcuda.ops.max_unpool2d import check_gathered, gather, run_gather
 
 __all__ = ["switch_gather"]
 
 
+@entry()
 def switch_gather(
     input: Tensor,
     switches: Tensor,
@@ -80,7 +81,7 @@ def switch_gather(
     return output
 
 
-@torch.library.custom_op(f"{NAMESPACE}::switch_gather_out", mutates_args=("output",))
+@operator("switch_gather_out", mutates=("output",))
 def _switch_gather_out(
     input: Tensor,
     switches: Tensor,

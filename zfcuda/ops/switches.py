@@ -9,10 +9,12 @@ from torch import Tensor
 
 from zfcuda.ops._common import check_shape, integers, pair, tensor
 from zfcuda.ops._pool import Window, check_switches
+from zfcuda.ops._register import entry
 
 __all__ = ["indices_to_switches", "switches_to_indices"]
 
 
+@entry(repeats=False)
 def switches_to_indices(
     switches: Tensor,
     input_size: Sequence[int],
@@ -51,6 +53,7 @@ def switches_to_indices(
     return y * size[1] + x
 
 
+@entry(repeats=False)
 def indices_to_switches(
     indices: Tensor,
     input_size: Sequence[int],

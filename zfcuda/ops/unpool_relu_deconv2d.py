@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import (
-    NAMESPACE,
     dense,
     empty,
     integer,
@@ -23,12 +21,14 @@ from zfcuda.ops._common import (
 from zfcuda.ops._conv import Filters, conv2d_gated, conv2d_weight_gradient
 from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
+from zfcuda.ops._register import entry, operator
 from zfcuda.ops.deconv2d import check_forward, deconvolved_size
 from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, unpool, unpooled_shape
 
 __all__ = ["unpool_relu_deconv2d"]
 
 
+@entry(casts=True)
 def unpool_relu_deconv2d(
     signal: Tensor,
     switches: Tensor,
@@ -104,7 +104,8 @@ def unpool_relu_deconv2d(
 
     Notes
     -----
-    First derivatives with respect to signal, weight and bias; ``forward`` only opens and closes, so it has none.
+    Differentiable any number of times with respect to signal, weight and bias; ``forward`` only opens and closes, so
+    it has no derivative.
     The check of the switches' values reads one number back, which on CUDA waits for the device; while a CUDA graph
     is being captured it is left out.
     """
@@ -180,7 +181,7 @@ def _run(
     core.run("unpool_relu_deconv2d", signal, *where, core.GATES[gate], overwrite, *tensors, offset, image, scratch)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::unpool_relu_deconv2d", mutates_args=())
+@operator("unpool_relu_deconv2d", batched=("signal", "switches", "forward"))
 def _unpool_relu_deconv2d(
     signal: Tensor,
     switches: Tensor,
@@ -236,7 +237,7 @@ def _(
     return empty(signal, size, memory_format(signal))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::unpool_relu_deconv2d_out", mutates_args=("output",))
+@operator("unpool_relu_deconv2d_out", mutates=("output",))
 def _unpool_relu_deconv2d_out(
     signal: Tensor,
     switches: Tensor,
@@ -301,12 +302,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.size, ctx.overwrite, ctx.gate = size, overwrite, gate
     needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, switches, weight, forward)
-    ctx.layout = memory_format(signal)
+    ctx.layout = memory_format(output)
     ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size[-2:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     signal, switches, weight, forward = ctx.saved_tensors
+    grad = dense(grad, ctx.layout)
     filters: Filters = ctx.filters
     needs_signal, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     rectifies = ctx.gate in ("deconvnet", "guided")
@@ -315,7 +317,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
         maps = unpool(dense(masked, ctx.layout), switches, *ctx.window, ctx.maps_size, ctx.overwrite, False)
     if needs_signal:
-        grad_maps = conv2d_gated(grad, weight, maps if rectifies else None, *filters, ctx.maps_size)
+        opened = maps.detach() if rectifies and maps is not None else None
+        grad_maps = conv2d_gated(grad, weight, None, opened, *filters, ctx.maps_size)
         grad_signal = gather(grad_maps, switches, *ctx.window, ctx.overwrite, False)
         if forward is not None:
             grad_signal = dense(grad_signal.masked_fill(forward <= 0, 0), ctx.layout)
@@ -327,4 +330,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_signal, None, grad_weight, grad_bias, *(None,) * 13
 
 
-_unpool_relu_deconv2d.register_autograd(_backward, setup_context=_setup_context)
+_unpool_relu_deconv2d.register_autograd(_backward, _setup_context)

@@ -11,17 +11,16 @@ from torch import Tensor
 from zfcuda import core
 from zfcuda.ops._common import (
     MAX_WINDOW,
-    NAMESPACE,
     check_at_least,
     check_device,
     check_shape,
     check_tensor,
     integer,
-    not_differentiable,
     option,
     pair,
     tensor,
 )
+from zfcuda.ops._register import entry, not_differentiable, operator
 from zfcuda.ops.crop_windows import check_origins
 
 __all__ = ["WindowDeconv2d", "window_deconv2d"]
@@ -29,6 +28,7 @@ __all__ = ["WindowDeconv2d", "window_deconv2d"]
 GATES = ("none", "deconvnet", "backprop", "guided")
 
 
+@entry()
 def window_deconv2d(
     signal: Tensor,
     weight: Tensor,
@@ -158,7 +158,7 @@ class WindowDeconv2d:
             raise RuntimeError(f"signal requires a gradient, and WindowDeconv2d has none; {_REMEDY}")
         _check(signal, self.dtype, self.device, origins, map_size, self.geometry, gate, positive, switches)
         size = (len(signal), *self.geometry.image, self.geometry.channels)
-        image = signal.new_empty(size) if out is None else out
+        image = core.empty(size, signal) if out is None else out
         _check_out(image, size, signal)
         if image.numel():
             where = self.geometry.shape(len(signal), map_size), core.DTYPES[signal.dtype]
@@ -302,7 +302,7 @@ def _check_weight(signal: Tensor, weight: Tensor, groups: int) -> None:
         )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::window_deconv2d", mutates_args=())
+@operator("window_deconv2d")
 def _windows(
     signal: Tensor,
     weight: Tensor,
@@ -340,7 +340,7 @@ def _(
     geometry = _Geometry(signal.shape[1:3], weight.shape, stride, dilation, groups, pool, len(signal))
     geometry.check()
     _check(signal, weight.dtype, weight.device, origins, map_size, geometry, gate, positive, switches)
-    return signal.new_empty(len(signal), *geometry.image, geometry.channels)
+    return core.empty([len(signal), *geometry.image, geometry.channels], signal)
 
 
 not_differentiable(_windows, "window_deconv2d", _REMEDY)

@@ -1,0 +1,242 @@
+"""How an operator meets torch: :class:`Operator` registers it once, :func:`entry` makes the function that users call.
+
+A call takes one of two ways. The registered operator is the rule: torch's dispatcher brings it gradients, tracing,
+vmap, the profiler and everything else. An eager call of plain tensors without gradients, which has been made before
+with arguments of the same kind, is repeated by a memo of the core (``csrc/memo.h``) instead: the dispatcher would take
+longer than the kernel of a small tensor. :data:`GUARDS` says what a plain call is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils import _pytree as pytree
+
+from zfcuda import core
+from zfcuda.ops._arrays import on_arrays
+
+NAMESPACE = "zfcuda"
+
+#: An operator lives as long as this.
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Operator:
+    """An implementation, registered under a name of the namespace ``zfcuda``. Calling it calls the dispatcher.
+
+    Parameters
+    ----------
+    name
+        In ``torch.ops.zfcuda`` and in profiles.
+    implementation
+        What runs on dense tensors of the CPU or of CUDA; its type hints are the schema.
+    batched
+        Names of the tensors whose first dimension is the batch, if it is also the first dimension of every result
+        and images do not meet: vmap then adds its dimension to the batch. Otherwise it calls the operator in a loop.
+    mutates
+        Names of the tensors that the implementation writes; their versions go up, so that autograd sees it. Such an
+        operator has no gradients and no vmap.
+    """
+
+    def __init__(
+        self, name: str, implementation: Callable[..., Any], batched: Sequence[str] = (), mutates: Sequence[str] = ()
+    ) -> None:
+        schema = torch.library.infer_schema(implementation, mutates_args=tuple(mutates))
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.name = f"{NAMESPACE}::{name}"
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        self._function: Any = None
+        names = inspect.signature(implementation).parameters
+        self._batched, self._mutated = ([n in some for n in names] for some in (batched, mutates))
+        if mutates:
+            _LIBRARY.impl(name, self._count_writes, "ADInplaceOrView", with_keyset=True)
+        else:
+            torch.library.register_vmap(self.name, functools.partial(self._vmap, self.overload), lib=_LIBRARY)
+
+    def __call__(self, *args: Any) -> Any:
+        if (
+            not is_dynamo_compiling()
+            and (_functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
+            and self._function
+        ):
+            return self._function.apply(*args)
+        return self.overload(*args)
+
+    def register_fake(self, fake: Function) -> Function:
+        """``fake`` gives tensors of the results' sizes, dtypes and strides for tensors without data."""
+        torch.library.register_fake(self.name, fake, lib=_LIBRARY)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
+        """As ``torch.library.register_autograd``, whose gradients torch.func refuses."""
+        methods = {
+            "forward": self.overload,
+            "setup_context": setup_context or _nothing,
+            "backward": backward,
+            "jvp": self._jvp,
+            "vmap": functools.partial(self._vmap, self),
+        }
+        names = {name: staticmethod(method) for name, method in methods.items()}
+        self._function = type(self.name.replace("::", "_"), (torch.autograd.Function,), names)
+
+    def _autograd(self, keyset: Any, *args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+        # Below autograd tangents would be lost in silence, that is, zero.
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            self._jvp()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if self._function is None:
+                raise RuntimeError(
+                    f"{self.name} has no gradient, but got a tensor that requires one; call it under torch.no_grad()"
+                )
+            return self._function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _count_writes(self, keyset: Any, *args: Any) -> Any:
+        """Kernels write memory that torch does not see them write."""
+        for tensor, mutated in zip(args, self._mutated, strict=True):
+            if mutated and tensor is not None:
+                torch.autograd.graph.increment_version(tensor)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return self.overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    def _jvp(self, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{self.name} has no forward-mode derivative, but got a tensor with a tangent; go backwards: "
+            "torch.func.vjp, torch.func.jacrev, torch.autograd.functional.jvp"
+        )
+
+    def _vmap(self, call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        mapped = [isinstance(a, Tensor) and d is not None for a, d in zip(args, in_dims, strict=True)]
+        moved = [a.movedim(d, 0) if m else a for a, d, m in zip(args, in_dims, mapped, strict=True)]
+        size = info.batch_size
+        if all(b or not m for b, m in zip(self._batched, mapped, strict=True)):
+            tensors = [b and isinstance(a, Tensor) for a, b in zip(args, self._batched, strict=True)]
+            folded = [
+                (a if m else a.expand(size, *a.shape)).flatten(0, 1) if t else a
+                for a, m, t in zip(moved, mapped, tensors, strict=True)
+            ]
+            results = pytree.tree_map(lambda r: r.unflatten(0, (size, r.size(0) // size)), call(*folded))
+        else:
+            one_by_one = [call(*(a[i] if m else a for a, m in zip(moved, mapped, strict=True))) for i in range(size)]
+            results = pytree.tree_map(lambda *r: torch.stack(r), *one_by_one)
+        return results, pytree.tree_map(lambda _: 0, results)
+
+
+def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    """The context of a gradient that is refused."""
+
+
+def operator(
+    name: str, batched: Sequence[str] = (), mutates: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorator: :class:`Operator` of the decorated implementation."""
+    return lambda implementation: Operator(name, implementation, batched, mutates)
+
+
+def not_differentiable(operator: Operator, name: str, remedy: str) -> None:
+    """Make ``operator``, which computes ``name``, refuse a backward pass through its results.
+
+    Inputs that require gradients are welcome: a network's weights do.
+    """
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"zfcuda.ops.{name} is not differentiable, but a gradient was asked for; {remedy}")
+
+    operator.register_autograd(backward)
+
+
+# ---------------------------------------------------------------- what users call
+
+#: A call is plain if each of these returns something false: no dispatch or function mode, no transform of
+#: torch.func, no profiler, no tracing, no autocast. The memo adds that there are no forward-mode derivatives, and that
+#: tensors are exactly Tensor or Parameter, strided, on the CPU or CUDA, and that nobody asks for their gradients.
+GUARDS: list[Callable[[], Any]] = [
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    _functorch.peek_interpreter_stack,
+    torch.autograd._profiler_enabled,
+    torch._C._is_tracing,
+    torch._C._is_any_autocast_enabled,
+]
+
+
+def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], Function]:
+    """Decorator of the function that users call, which checks types and calls an :class:`Operator`.
+
+    It may be called with arrays in the place of all tensors. What it writes, ``out`` or, where its name ends in ``_``,
+    its first tensor, is never converted to another dtype.
+
+    Parameters
+    ----------
+    casts
+        Autocast converts the tensors to its active dtype, as it does for torch's convolutions. Where there are no
+        kernels for a dtype, autocast converts to float32.
+    repeats
+        Plain calls may be repeated from a memo: the values of tensors change nothing but through the kernels that run,
+        and through :func:`zfcuda.core.find`.
+    """
+
+    def decorate(function: Function) -> Function:
+        in_place = function.__name__.endswith("_")
+        memo = core.memo(GUARDS) if repeats and not in_place else None
+        recall = memo and memo.recall
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if recall is None or is_dynamo_compiling():
+                return ordinary(args, kwargs)
+            known = recall(*args, **kwargs)
+            return _first_time(memo, ordinary, args, kwargs) if known is None else known
+
+        def ordinary(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            arguments = (*args, *kwargs.values())
+            if has_torch_function(arguments):
+                return handle_torch_function(call, arguments, *args, **kwargs)
+            tensors = [a for a in arguments if isinstance(a, Tensor)]
+            if not tensors:
+                return on_arrays(function, args, kwargs)
+            device = tensors[0].device.type
+            if not in_place and device in core.BACKENDS and torch.is_autocast_enabled(device):
+                to = functools.partial(_autocast, torch.get_autocast_dtype(device), casts)
+                named = {name: value if name == "out" else to(value) for name, value in kwargs.items()}
+                return function(*map(to, args), **named)
+            return function(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
+
+
+def _autocast(active: torch.dtype, casts: bool, value: Any) -> Any:
+    """``value`` in the dtype in which autocast lets an operator compute; float64 is left alone, as torch does."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
+        return value
+    if casts and active in core.DTYPES:
+        return value.to(active)
+    return value if value.dtype in core.DTYPES else value.float()
+
+
+def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call, and let the memo repeat it if it is plain and nothing but kernels computed its results."""
+    key = memo.key(*args, **kwargs)
+    if key is None:
+        return function(args, kwargs)
+    with core.recording() as record:
+        result = function(args, kwargs)
+    record.teach(memo, key, (*args, *kwargs.values()), result)
+    return result
