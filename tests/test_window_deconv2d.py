@@ -147,6 +147,44 @@ def test_three_by_three_filters(backend, size, windows):
 
 
 @NATIVE
+@pytest.mark.parametrize("channels", range(1, 7))
+def test_narrow_filters(backend, channels):
+    """Of every width around one, two and three vectors, which the CPU multiplies a third way."""
+    for kernel in range(1, 13):
+        for maps, stride, dilation in ((1, 1, 1), (17, 2, 1), (70, 1, (2, 1))):
+            sample = step(
+                (2, 3),
+                (maps, channels, kernel, kernel),
+                (9, 30),
+                3,
+                stride=stride,
+                dilation=dilation,
+                values=whole_numbers,
+            )
+            for dtype in (torch.float32, torch.float64):
+                placed = sample.on(backend.device, dtype)
+                expected = sample.on(torch.device("cpu"), torch.float64).call(torchs)
+                assert torch.equal(placed.call(ops.window_deconv2d).cpu().double(), expected)
+
+
+def test_writes_to_a_given_result(backend):
+    signal, weight = whole_numbers(3, 2, 2, 5).float(), whole_numbers(5, 3, 3, 3).float()
+    filters = ops.WindowDeconv2d(weight.to(backend.device), (2, 2))
+    signal, origins = signal.to(backend.device), torch.zeros(3, 2, dtype=torch.int64, device=backend.device)
+    expected = filters(signal, origins, (4, 4))
+    out = torch.full((5, 4, 4, 3), 7.0, device=backend.device)
+    assert filters(signal, origins, (4, 4), out=out[1:4]).data_ptr() == out[1].data_ptr()
+    assert torch.equal(out[1:4], expected) and (out[[0, 4]] == 7).all()
+    for wrong, message in (
+        (out, "out has shape .5, 4, 4, 3.; it must be .3, 4, 4, 3."),
+        (out[1:4].double(), "out has dtype torch.float64"),
+        (out[1:4].transpose(1, 2), "out has strides"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            filters(signal, origins, (4, 4), out=wrong)
+
+
+@NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_many_channels(backend, dtype):
     for size, kernel, stride, pool in (((3, 5), 3, 1, None), ((1, 1), 5, 2, (3, 2, 1)), ((2, 2), 5, 2, (3, 2, 1))):
