@@ -146,7 +146,16 @@ def test_three_by_three_filters(backend, size, windows):
     check_values(ops.window_deconv2d, reference.window_deconv2d, torchs, sample, backend.device, torch.float32)
 
 
-@NATIVE
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "cpu",
+        pytest.param("cpu_baseline", marks=pytest.mark.slow),
+        pytest.param("cpu_v3", marks=pytest.mark.slow),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+    indirect=True,
+)
 @pytest.mark.parametrize("channels", range(1, 7))
 def test_narrow_filters(backend, channels):
     """Of every width around one, two and three vectors, which the CPU multiplies a third way."""
