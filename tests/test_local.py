@@ -127,6 +127,12 @@ def test_random_nets(net_and_size, gate, seed):
         check(net, images, info.name, units, positions.expand(2, -1, -1), gate, atol=1e-30)
 
 
+@pytest.mark.parametrize("layer", ["conv1", "conv3", "conv5"])
+def test_no_images(layer):
+    crops = DeconvNet(narrow()).project(torch.zeros(0, 3, 96, 96), layer, [0, 1], position=(1, 1), crop=True)
+    assert crops.pixels.shape[:3] == (0, 2, 3) and crops.boxes.shape == (0, 2, 4)
+
+
 def test_values_and_places_of_crops():
     net = narrow()
     deconvnet = DeconvNet(net)

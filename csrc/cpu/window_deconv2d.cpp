@@ -53,7 +53,7 @@ void clip(const WindowShape& s, const std::int64_t* origin, const T* from, T* to
 template <typename T>
 struct StripWay {
     const WindowShape& s;
-    std::int64_t unit = 1, units, window, stride, words;
+    std::int64_t units, window, stride, words;
 
     StripWay(const WindowShape& shape, const Exec&)
         : s(shape),

@@ -177,7 +177,7 @@ class _Step:
 
 def _kinds(*columns: Tensor) -> tuple[list[Tensor], Tensor]:
     """The different rows of a table of small numbers >= 0, column by column, and for each row which of them it is."""
-    radices = [int(column.max()) + 1 for column in columns]
+    radices = [int(column.max()) + 1 if len(column) else 1 for column in columns]
     codes = columns[0]
     for column, radix in zip(columns[1:], radices[1:], strict=True):
         codes = codes * radix + column
