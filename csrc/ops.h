@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "shapes.h"
 
@@ -26,7 +27,16 @@ struct Address {
     explicit operator bool() const { return value != nullptr; }
 };
 
-enum class Dtype : int { float32 = 0, float64 = 1 };
+enum class Dtype : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+
+inline std::int64_t element_bytes(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// What values stored as T are computed in: halves are widened where they are loaded, and a result
+// is rounded once, where it is stored.
+template <typename T>
+using Sum = std::conditional_t<sizeof(T) == 2, float, T>;
 
 // What stands between a signal and the filters on the way down. `forward` is the output of the
 // rectifier on the way up; `forward <= 0` blocks (so NaN passes, as in torch).

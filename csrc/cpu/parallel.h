@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 
 #include "../ops.h"
+#include "half.h"
 
 namespace zfcuda {
 
@@ -57,10 +59,14 @@ std::int64_t parallel_min(std::int64_t count, std::int64_t none, const Exec& exe
 // Calls body(T{}) with the C++ type of a dtype.
 template <typename Body>
 void with_dtype(Dtype dtype, Body&& body) {
-    if (dtype == Dtype::float32)
-        body(float{});
-    else
-        body(double{});
+    switch (dtype) {
+        case Dtype::float32:
+            return body(float{});
+        case Dtype::float64:
+            return body(double{});
+        default:
+            throw std::runtime_error("zfcuda: no kernels for halves yet");
+    }
 }
 
 }  // namespace zfcuda

@@ -25,7 +25,21 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, kSize>& vect
     *reinterpret_cast<Vector<T, kSize>*>(to) = vector;
 }
 
-inline std::int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 8; }
+// Calls body(T{}) with the C++ type of a dtype; halves convert to and from floats, rounding to
+// nearest, ties to even.
+template <typename Body>
+void with_dtype(Dtype dtype, Body&& body) {
+    switch (dtype) {
+        case Dtype::float32:
+            return body(float{});
+        case Dtype::float64:
+            return body(double{});
+        case Dtype::float16:
+            return body(__half{});
+        case Dtype::bfloat16:
+            return body(__nv_bfloat16{});
+    }
+}
 
 // Whether every address (null included) suits the widest vectors.
 template <typename... Addresses>

@@ -20,7 +20,7 @@ from typing import Any
 import torch  # before any backend: they share the OpenMP runtime that torch has loaded
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 #: Precision of csrc/ops.h: how CUDA's convolutions multiply float32.
 PRECISIONS = {"ieee": 0, "3xtf32": 1, "tf32": 2}
 GATES = {"none": 0, "deconvnet": 1, "backprop": 2, "guided": 3}
