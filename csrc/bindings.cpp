@@ -181,7 +181,8 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     kernels.def("map_maximum", &map_maximum);
     kernels.def_prepare();
     py::class_<Memo>(m, "Memo", py::module_local())
-        .def(py::init<py::tuple, py::list, py::object, py::object, py::dict, py::object>())
+        .def(py::init<py::tuple, py::list, py::object, py::object, py::object, py::dict,
+                      py::object>())
         .def("key", &Memo::key)
         .def("learn", &learn)
         .def_property_readonly("recall", &recall_function, py::return_value_policy::move);

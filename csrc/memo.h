@@ -4,8 +4,9 @@
 // zfcuda/ops/_register.py runs a call in Python, with all its checks, and writes down what it came
 // to: kernels with their arguments, tensors to allocate. A Memo keeps that under all that it can
 // have depended on (the arguments that are not tensors; shapes, strides, dtypes and device of those
-// that are; the number of threads) and repeats it for an equal call. It knows nothing of torch but
-// a few Python functions it is given and DLPack's C table, by which it reads tensors.
+// that are; the number of threads, or CUDA's Precision) and repeats it for an equal call. It knows
+// nothing of torch but a few Python functions it is given and DLPack's C table, by which it reads
+// tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -138,11 +139,12 @@ class Memo {
     // something false. forward_ad: the globals of that module. exchange: the capsule of DLPack's
     // table.
     Memo(py::tuple types, py::list guards, py::object grad_enabled, py::object threads,
-         py::dict forward_ad, py::object exchange)
+         py::object precision, py::dict forward_ad, py::object exchange)
         : types_(std::move(types)),
           guards_(std::move(guards)),
           grad_enabled_(std::move(grad_enabled)),
           threads_(std::move(threads)),
+          precision_(std::move(precision)),
           forward_ad_(std::move(forward_ad)),
           requires_grad_("requires_grad"),
           is_neg_("is_neg"),
@@ -210,7 +212,7 @@ class Memo {
         void* data[kMostTensors];  // of the tensors
         std::size_t tensors = 0;
         dlpack::Device device{0, 0};  // of the tensors; type 0 before the first
-        Exec exec{0, 0, 0};
+        Exec exec{0, 0, 0, Precision::ieee};
     };
 
     enum Kind : std::int64_t { kNone, kBool, kInt, kFloat, kString, kSequence, kTensor };
@@ -219,7 +221,7 @@ class Memo {
 
     py::tuple types_;
     py::list guards_;
-    py::object grad_enabled_, threads_;
+    py::object grad_enabled_, threads_, precision_;
     py::dict forward_ad_;
     py::str requires_grad_, is_neg_, current_level_;
     py::int_ no_level_;
@@ -236,6 +238,12 @@ class Memo {
         Py_XDECREF(result);
         if (value < 0) PyErr_Clear();
         return value != 0;
+    }
+
+    // What a function answers, a number that is not negative; -1 after an error.
+    static std::int64_t number(const py::object& function) {
+        const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function.ptr()));
+        return answer ? PyLong_AsLongLong(answer.ptr()) : -1;
     }
 
     // The other way to compute a call reports what is wrong with it.
@@ -335,12 +343,14 @@ class Memo {
         if (type == dlpack::kCUDA) {
             void* stream = nullptr;
             if (exchange_->current_work_stream(type, ordinal, &stream) != 0) return refuse();
-            call.exec = {ordinal, reinterpret_cast<std::int64_t>(stream), 0};
-            return true;
+            const std::int64_t precision = number(precision_);
+            call.exec = {ordinal, reinterpret_cast<std::int64_t>(stream), 0,
+                         static_cast<Precision>(precision)};
+            call.key.put(precision);
+            return precision >= 0 || refuse();
         }
         if (type != dlpack::kCPU) return false;
-        const auto threads = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(threads_.ptr()));
-        call.exec.threads = threads ? PyLong_AsLongLong(threads.ptr()) : -1;
+        call.exec.threads = number(threads_);
         call.key.put(call.exec.threads);
         return call.exec.threads > 0 || refuse();
     }

@@ -46,11 +46,19 @@ using Sum = std::conditional_t<sizeof(T) == 2, float, T>;
 //   guided     both
 enum class Gate : int { none = 0, deconvnet = 1, backprop = 2, guided = 3 };
 
+// How CUDA's convolutions multiply float32 (tf32: 10 bits of fraction). The CPU is always ieee, and
+// so is whatever has no kernel for the tensor cores: a mode allows an error, it asks for none.
+//   ieee     float32 FMA
+//   tf32x3   each factor as a sum of two tf32, three products: an error like that of ieee
+//   tf32     one product: activations truncated, weights rounded
+enum class Precision : std::int64_t { ieee = 0, tf32x3 = 1, tf32 = 2 };
+
 // Where and how to run. CUDA: device ordinal and cudaStream_t. CPU: the number of OpenMP threads.
 struct Exec {
     std::int64_t device;
     std::int64_t stream;
     std::int64_t threads;
+    Precision precision;
 };
 
 // maps = conv(image, weight) + bias, then by `gate`: none nothing; deconvnet max(·, 0), that is,

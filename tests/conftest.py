@@ -12,6 +12,7 @@ import torch
 
 from simt import build
 from simt.backend import Emulator
+import zfcuda
 from zfcuda import core
 from zfcuda.ops import _register
 
@@ -28,6 +29,13 @@ class Backend:
 
     name: str  # "cpu", "simt" or "cuda"
     device: torch.device
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ieee() -> Iterator[None]:
+    """Errors are compared with those of torch's float32: a test asks for another numeric mode where it is about it."""
+    with zfcuda.set_fp32_precision("ieee"):
+        yield
 
 
 _CPU_LEVELS = [pytest.param(f"cpu_{level}", marks=pytest.mark.slow) for level in ("baseline", "v3", "v4")]
@@ -50,6 +58,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         emulator: Emulator = request.getfixturevalue("fast_emulator" if level else "emulator")
         monkeypatch.setitem(core.BACKENDS, "cpu", lambda: emulator)
         monkeypatch.setattr(core, "_address", emulator.address)
+        monkeypatch.setattr(core, "_exec", lambda device: (0, 0, 1, core.cuda_precision()))
     elif level:
         if level != "baseline" and level > _cpu_level():
             pytest.skip(f"this machine does not run x86-64-{level}")

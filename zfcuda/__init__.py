@@ -8,13 +8,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zfcuda import attr, deconv, jobs, models, nn, ops
     from zfcuda.deconv import DeconvNet, show
+    from zfcuda.precision import set_fp32_precision
     from zfcuda.rewrite.optimize import optimize
 
 __version__ = "0.1.0"
-__all__ = ["DeconvNet", "__version__", "attr", "deconv", "jobs", "models", "nn", "ops", "optimize", "show"]
+__all__ = [
+    "DeconvNet",
+    "__version__",
+    "attr",
+    "deconv",
+    "jobs",
+    "models",
+    "nn",
+    "ops",
+    "optimize",
+    "set_fp32_precision",
+    "show",
+]
 
 #: Names of this package that live in a module of it.
-FROM = {"DeconvNet": "zfcuda.deconv", "optimize": "zfcuda.rewrite.optimize", "show": "zfcuda.deconv"}
+FROM = {
+    "DeconvNet": "zfcuda.deconv",
+    "optimize": "zfcuda.rewrite.optimize",
+    "set_fp32_precision": "zfcuda.precision",
+    "show": "zfcuda.deconv",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,9 @@ std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
 
 void conv2d(const ConvShape& s, Dtype dtype, Gate gate, Address image, Address weight, Address bias,
             Address forward, Address maps, Address workspace, const Exec& exec) {
-    pack_weights<false>(s, dtype, weight, workspace, exec);
-    tap_gemm<false>(s, dtype, gate, image, workspace, bias, forward, maps, exec);
+    const Way way = tap_way<false>(s, dtype, exec, image);
+    pack_weights<false>(s, dtype, way, weight, workspace, exec);
+    tap_gemm<false>(s, dtype, way, gate, image, workspace, bias, forward, maps, exec);
 }
 
 }  // namespace zfcuda

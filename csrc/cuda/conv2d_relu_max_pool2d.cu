@@ -219,8 +219,8 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
     PoolPlan plan(pool);
     if (!plan.choose(box_pixels(s, dtype)))
         return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
-    pack_weights<false>(s, dtype, weight, workspace, exec);
-    TapPlan p = tap_plan<false>(s, dtype, Gate::none);
+    pack_weights<false>(s, dtype, Way::fma, weight, workspace, exec);
+    TapPlan p = tap_plan<false>(s, dtype, Way::fma, Gate::none);
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {

@@ -18,18 +18,20 @@ std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
 
 void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address forward,
               Address weight, Address bias, Address image, Address workspace, const Exec& exec) {
-    deconv2d_pack(s, dtype, weight, workspace, exec);
-    tap_gemm<true>(s, dtype, gate, signal, workspace, bias, forward, image, exec);
+    const Way way = tap_way<true>(s, dtype, exec, signal, forward);
+    pack_weights<true>(s, dtype, way, weight, workspace, exec);
+    tap_gemm<true>(s, dtype, way, gate, signal, workspace, bias, forward, image, exec);
 }
 
 void deconv2d_pack(const ConvShape& s, Dtype dtype, Address weight, Address packed,
                    const Exec& exec) {
-    pack_weights<true>(s, dtype, weight, packed, exec);
+    pack_weights<true>(s, dtype, tap_way<true>(s, dtype, exec), weight, packed, exec);
 }
 
 void deconv2d_packed(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address packed,
                      Address image, const Exec& exec) {
-    tap_gemm<true>(s, dtype, gate, signal, packed, Address{}, Address{}, image, exec);
+    tap_gemm<true>(s, dtype, tap_way<true>(s, dtype, exec), gate, signal, packed, Address{},
+                   Address{}, image, exec);
 }
 
 }  // namespace zfcuda

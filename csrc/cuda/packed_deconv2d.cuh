@@ -6,11 +6,12 @@
 
 namespace zfcuda {
 
-// `packed` has room for deconv2d_workspace bytes, and serves every batch and size of the image.
+// `packed` has room for deconv2d_workspace bytes, and serves every batch and size of the image, in
+// one Precision.
 void deconv2d_pack(const ConvShape& shape, Dtype dtype, Address weight, Address packed,
                    const Exec& exec);
 
-// deconv2d without bias, for the gates none and deconvnet.
+// deconv2d without bias, for the gates none and deconvnet, of a signal that is aligned to 16 bytes.
 void deconv2d_packed(const ConvShape& shape, Dtype dtype, Gate gate, Address signal, Address packed,
                      Address image, const Exec& exec);
 

@@ -36,6 +36,11 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
     simt::launch(kernel, grid, block, shared_bytes, arguments...);
 }
 
+template <typename... Parameters>
+int architecture(void (*)(Parameters...), const Exec&) {
+    return simt::architecture();
+}
+
 }  // namespace zfcuda
 
 #else
@@ -87,6 +92,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
     config.dynamicSmemBytes = shared_bytes;
     config.stream = reinterpret_cast<cudaStream_t>(exec.stream);
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
+}
+
+// The architecture that a kernel's code on this device was compiled for (75, 80, …): kArch of it,
+// which is less than the device's where newer ones run older code.
+template <typename... Parameters>
+int architecture(void (*kernel)(Parameters...), const Exec& exec) {
+    const DeviceGuard guard(static_cast<int>(exec.device));
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+    return attributes.ptxVersion;
 }
 
 }  // namespace zfcuda
@@ -209,7 +224,9 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&matrix)[N], const 
 // 2t, 2t + 1 of a 16 x 8 tile.
 
 // 16 x 8 x 8, tf32: a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b holds (t, g),
-// (t + 4, g). The elements are floats rounded by to_tf32.
+// (t + 4, g). The elements are bits of floats, of which the tensor cores ignore the low 13: a
+// float that was not rounded by to_tf32 is truncated (and a NaN that is nothing but low bits is an
+// infinity; arithmetic makes no such NaN).
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
                                          const std::uint32_t (&b)[2] ZF_SITE) {
 #if defined(ZF_SIMT)

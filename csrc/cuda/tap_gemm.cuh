@@ -30,6 +30,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
 
+#include "tap_mma.cuh"
 #include "tap_product.cuh"
 
 namespace zfcuda {
@@ -48,82 +49,45 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
                                      reinterpret_cast<T*>(right_tiles), pixels};
     const int thread = threadIdx.x;
 
-    // Column tiles vary fastest: blocks that run together share their source.
-    unsigned block = blockIdx.x;
-    const int first_column = static_cast<int>(block % p.column_tiles) * kN;
-    block /= p.column_tiles;
-    const std::int64_t first_pixel = std::int64_t(block % p.row_tiles) * kM;
-    block /= p.row_tiles;
-    const int group = static_cast<int>(block % p.groups);
-    const int phase_x = static_cast<int>(block / p.groups % p.x.phases);
-    const int phase_y = static_cast<int>(block / p.groups / p.x.phases);
-    const PhaseTaps rows = phase_taps<kTransposed>(p.y, phase_y);
-    const PhaseTaps columns = phase_taps<kTransposed>(p.x, phase_x);
-    const std::int64_t pixel_count = p.batch * rows.pixels * columns.pixels;
-    if (first_pixel >= pixel_count) return;  // the whole block: later phases have fewer pixels
-
+    const auto block = tap_block<kTransposed, kM, kN>(p);
+    if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
     if (thread < kM) {
-        const std::int64_t pixel = first_pixel + thread;
-        const std::int64_t x = pixel % columns.pixels;
-        const std::int64_t y = pixel / columns.pixels % rows.pixels;
-        const std::int64_t n = pixel / columns.pixels / rows.pixels;
-        const std::int64_t from_y = y * p.y.pixel_step + rows.offset;
-        const std::int64_t from_x = x * p.x.pixel_step + columns.offset;
-        const bool inside = pixel < pixel_count;
-        pixels[thread] = {p.steps.offset(n, std::int64_t(group) * p.channels, from_y, from_x),
-                          inside ? static_cast<int>(from_y) : kOutside, static_cast<int>(from_x)};
-        targets[thread] = inside ? p.result.offset(n, std::int64_t(group) * p.columns,
-                                                   kTransposed ? phase_y + y * p.y.stride : y,
-                                                   kTransposed ? phase_x + x * p.x.stride : x)
-                                 : -1;
+        pixels[thread] = block.pixel(p, thread);
+        targets[thread] = block.target(p, thread);
     }
     __syncthreads();
 
     typename Tile::Accumulator sum = {};
-    tap_product<T, Tile, kTransposed, kChannelsLast, kVector>(p, source, rows, columns, group,
-                                                              first_column, packed, tiles, sum);
+    tap_product<T, Tile, kTransposed, kChannelsLast, kVector>(
+        p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
     // Bias and gate; then quads of neighbours: pixels in NCHW, channels in NHWC.
-    const int column = first_column + Tile::column();
-    const std::int64_t plane = kChannelsLast ? 1 : p.result.step_channel();
+    const int column = block.first_column + Tile::column();
     T shift[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-        shift[j] = bias != nullptr && column + j < p.columns
-                       ? bias[std::int64_t(group) * p.columns + column + j]
-                       : T(0);
-    auto finish = [&](T value, std::int64_t offset) {
-        if (!kTransposed && forward != nullptr && forward[offset] <= T(0)) return T(0);
-        return !kTransposed && p.rectify ? rectify(value) : value;
-    };
+    load_bias(p, block.group, bias, column, shift);
+    const TapResult<T, kTransposed> to = {result, forward, p.rectify};
 #pragma unroll
     for (int i = 0; i < Tile::kRows; i += 4)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
-            const std::int64_t target = targets[Tile::row(kChannelsLast ? i + j : i)];
             T quad[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 quad[e] = kChannelsLast ? sum[i + j][e] + shift[e] : sum[i + e][j] + shift[j];
-            if (p.quads) {
-                if (target < 0 || column + (kChannelsLast ? 0 : j) >= p.columns) continue;
-                const std::int64_t offset = target + (kChannelsLast ? column : column + j) * plane;
+            if constexpr (kChannelsLast) {
+                to.store_channels(p, quad, targets[Tile::row(i + j)], column);
+            } else if (column + j < p.columns) {
+                const std::int64_t plane = (column + j) * p.result.step_channel();
+                if (p.quads) {
+                    const std::int64_t target = targets[Tile::row(i)];
+                    if (target >= 0) to.store_quad(quad, target + plane);
+                } else {
 #pragma unroll
-                for (int e = 0; e < 4; e += kPack) {
-                    Pack<T> pack;
-#pragma unroll
-                    for (int f = 0; f < kPack; ++f)
-                        pack.value[f] = finish(quad[e + f], offset + e + f);
-                    store_vector(result + offset + e, pack);
-                }
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const std::int64_t to = kChannelsLast ? target : targets[Tile::row(i + e)];
-                    const int c = column + (kChannelsLast ? e : j);
-                    if (to >= 0 && c < p.columns)
-                        result[to + c * plane] = finish(quad[e], to + c * plane);
+                    for (int e = 0; e < 4; ++e) {
+                        const std::int64_t target = targets[Tile::row(i + e)];
+                        if (target >= 0) to.store(quad[e], target + plane);
+                    }
                 }
             }
         }
@@ -158,29 +122,16 @@ void with_variant(const TapPlan& p, Dtype dtype, bool channels_last, bool vector
     body(TapVariant<float, Wide, false, 1>{});
 }
 
-// Blocks of a grid, checked.
-inline dim3 tap_grid(std::int64_t blocks) {
-    if (blocks > std::numeric_limits<int>::max())
-        throw std::runtime_error("zfcuda: a CUDA convolution needs over 2^31 blocks");
-    return dim3(static_cast<unsigned>(blocks));
-}
-
 template <typename Variant, bool kTransposed, typename Source>
 void launch_tap_gemm(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
                      Address result, const Exec& exec) {
     using T = typename Variant::T;
     using Tile = typename Variant::Tile;
-    // The pixels of the first phase, the largest one.
-    const std::int64_t height = (p.y.size + p.y.phases - 1) / p.y.phases;
-    const std::int64_t width = (p.x.size + p.x.phases - 1) / p.x.phases;
-    const std::int64_t row_tiles = (p.batch * height * width + Tile::kM - 1) / Tile::kM;
-    p.column_tiles = p.padded_columns / Tile::kN;
-    const std::int64_t blocks = row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases;
-    if (blocks == 0) return;
-    const dim3 grid = tap_grid(blocks);
-    p.row_tiles = static_cast<int>(row_tiles);
+    const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
+    if (grid.x == 0) return;
     constexpr bool kChannelsLast = Variant::kChannelsLast;
-    const std::int64_t neighbours = kChannelsLast ? p.columns : height * width;
+    const std::int64_t neighbours =
+        kChannelsLast ? p.columns : std::int64_t(p.result.height) * p.result.width;
     const bool dense = kChannelsLast || p.y.phases * p.x.phases == 1;
     p.quads = dense && neighbours % 4 == 0 && aligned(result);
     launch(tap_gemm_kernel<T, Tile, kTransposed, kChannelsLast, Variant::kVector, Source>, grid,
@@ -189,20 +140,29 @@ void launch_tap_gemm(TapPlan p, const Source& source, Address packed, Address bi
 }
 
 // `gate` acts on the source of the transposed convolution, on the result of the other; `packed` are
-// the weights, by pack_weights.
+// the weights, by pack_weights in the same way.
 template <bool kTransposed>
-void tap_gemm(const ConvShape& s, Dtype dtype, Gate gate, Address source, Address packed,
+void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address source, Address packed,
               Address bias, Address forward, Address result, const Exec& exec) {
-    const TapPlan p = tap_plan<kTransposed>(s, dtype, gate);
+    const TapPlan p = tap_plan<kTransposed>(s, dtype, way, gate);
     const Address mask = mask_of(gate, forward);
+    const auto tensor = [&](auto zero) {
+        using T = decltype(zero);
+        return TensorSource<T>{source.as<const T>(),
+                               (kTransposed ? mask : Address{}).template as<const T>()};
+    };
+    if (way != Way::fma)
+        return with_factors(way, [&](auto factors) {
+            using Factors = decltype(factors);
+            const auto from = tensor(typename Factors::T{});
+            launch_tap_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);
+        });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);
-        using T = typename Variant::T;
-        const TensorSource<T> tensor{source.as<const T>(),
-                                     (kTransposed ? mask : Address{}).template as<const T>()};
-        launch_tap_gemm<Variant, kTransposed>(p, tensor, packed, bias, mask, result, exec);
+        const auto from = tensor(typename Variant::T{});
+        launch_tap_gemm<Variant, kTransposed>(p, from, packed, bias, mask, result, exec);
     });
 }
 

@@ -10,6 +10,10 @@ namespace zfcuda {
 
 constexpr int kPackThreads = 256;
 
+// How the product runs: by FMA (tap_gemm.cuh), or on the tensor cores (tap_mma.cuh) from factors of
+// this kind.
+enum class Way { fma, tf32, tf32x3 };
+
 // One dimension of the plan: `size` pixels of the result, in `phases` phases.
 struct TapAxis {
     int size, kernel, stride, padding, dilation;
@@ -55,6 +59,7 @@ struct TapPlan {
     int groups, channels, columns;  // of the source and of the result, in a group
     int padded_columns;
     int row_tiles, column_tiles;
+    Way way;
     bool rectify;  // the source of the transposed convolution, the result of the other
     bool quads;    // four results that are neighbours in memory are stored at once
 };
@@ -101,8 +106,9 @@ std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
 }
 
 template <bool kTransposed>
-TapPlan tap_plan(const ConvShape& s, Dtype dtype, Gate gate) {
+TapPlan tap_plan(const ConvShape& s, Dtype dtype, Way way, Gate gate) {
     TapPlan p = {};
+    p.way = way;
     const Layout source = kTransposed ? s.maps() : s.image();
     p.steps = {source.step_image(), source.step_channel(), source.step_y(), source.step_x()};
     p.result = kTransposed ? s.image() : s.maps();
@@ -121,9 +127,17 @@ TapPlan tap_plan(const ConvShape& s, Dtype dtype, Gate gate) {
     return p;
 }
 
-// packed[group][tap][channel][column] from weights out,in/groups,kernel_h,kernel_w. The source
-// channels are the weight's second dimension in a convolution and its first in the transposed one.
-// A 32 x 32 tile goes through shared memory: lanes along the taps to read, along columns to write.
+// Column 4q + 2h + e of 16 stands in slot 8h + 2q + e for the tensor cores: of each eight results a
+// thread of theirs has numbers 2q and 2q + 1, so of 16 slots it has four neighbouring columns.
+ZF_HD std::int64_t mma_slot(std::int64_t column) {
+    return (column & ~std::int64_t(15)) | (column & 2) << 2 | (column & 12) >> 1 | (column & 1);
+}
+
+// packed[group][tap][channel][column] from weights out,in/groups,kernel_h,kernel_w; for the tensor
+// cores packed[group][tap][piece][slot of the column][channel of the piece], with pieces of 16
+// bytes. The source channels are the weight's second dimension in a convolution and its first in
+// the transposed one. A 32 x 32 tile goes through shared memory: lanes along the taps to read,
+// along columns to write.
 template <typename T, bool kTransposed>
 __global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
     ZF_SHARED(T, tile, 32 * 33);
@@ -153,7 +167,16 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
         const std::int64_t index = batch * length + first + i;
         const std::int64_t channel = index / taps, tap = index % taps;
         const std::int64_t row = (group * taps + tap) * p.channels + channel;
-        packed[row * p.padded_columns + first_column + lane] = tile[lane * 33 + i];
+        const std::int64_t column = first_column + lane;
+        T value = tile[lane * 33 + i];
+        std::int64_t to = row * p.padded_columns + column;
+        if (p.way != Way::fma) {
+            constexpr int kPiece = Pack<T>::size;
+            to = (row / kPiece * p.padded_columns + mma_slot(column)) * kPiece + row % kPiece;
+            if constexpr (std::is_same_v<T, float>)
+                if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
+        }
+        packed[to] = value;
     }
 }
 
@@ -169,13 +192,25 @@ void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const
 }
 
 template <bool kTransposed>
-void pack_weights(const ConvShape& s, Dtype dtype, Address weight, Address packed,
+void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Address packed,
                   const Exec& exec) {
-    const TapPlan p = tap_plan<kTransposed>(s, dtype, Gate::none);
+    const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
     if (dtype == Dtype::float32)
         launch_pack_weights<float, kTransposed>(p, weight, packed, exec);
     else
         launch_pack_weights<double, kTransposed>(p, weight, packed, exec);
+}
+
+// Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels, on an
+// architecture that has them for the dtype. `addresses` are those of the source and its mask.
+template <bool kTransposed, typename... Addresses>
+Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
+    const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
+    if (dtype != Dtype::float32 || exec.precision == Precision::ieee || !s.channels_last ||
+        channels % 4 != 0 || !aligned(addresses...) ||
+        architecture(&pack_weights_kernel<float, kTransposed>, exec) < 80)
+        return Way::fma;
+    return exec.precision == Precision::tf32 ? Way::tf32 : Way::tf32x3;
 }
 
 }  // namespace zfcuda

@@ -7,28 +7,10 @@
 // at a time where they are a multiple of four.
 #pragma once
 
-#include "tap_plan.cuh"
+#include "tap_block.cuh"
 #include "tile.cuh"
 
 namespace zfcuda {
-
-// Where a pixel of the result reads (before the taps): element 0 of the block's group, row, column.
-struct alignas(16) TapPixel {
-    std::int64_t source;
-    int y, x;
-};
-
-// The source is a tensor, zero where `forward` is given and blocks it.
-template <typename T>
-struct TensorSource {
-    const T *values, *forward;
-
-    // kVector channels from element `offset` on, which lies at row y and column x.
-    template <int kVector>
-    __device__ Vector<T, kVector> load(std::int64_t offset, int, int) const {
-        return load_gated<T, kVector>(values, forward, offset);
-    }
-};
 
 // The shared memory of a block: two buffers of each operand, and the pixels.
 template <typename T, typename Tile>

@@ -64,25 +64,35 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
                           bool overwrite, Address signal, Address switches, Address forward,
                           Address weight, Address bias, Address image, Address workspace,
                           const Exec& exec) {
-    deconv2d_pack(s, dtype, weight, workspace, exec);
-    TapPlan p = tap_plan<true>(s, dtype, gate);
+    const Way way = tap_way<true>(s, dtype, exec, signal, switches, forward);
+    pack_weights<true>(s, dtype, way, weight, workspace, exec);
+    TapPlan p = tap_plan<true>(s, dtype, way, gate);
     const Layout pooled = pool.output();
     p.steps = {pooled.step_image(), pooled.step_channel(), 0, 0};
     const Windows windows(pool, 1);
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(signal, switches, forward);
+    const auto source = [&](auto zero) {
+        using T = decltype(zero);
+        return UnpooledSource<T>{windows.y,
+                                 windows.x,
+                                 pooled.step_y(),
+                                 pooled.step_x(),
+                                 signal.as<const T>(),
+                                 switches.as<const std::uint8_t>(),
+                                 mask_of(gate, forward).template as<const T>(),
+                                 overwrite};
+    };
+    if (way != Way::fma)
+        return with_factors(way, [&](auto factors) {
+            using Factors = decltype(factors);
+            const auto from = source(typename Factors::T{});
+            launch_tap_mma<Factors, true>(p, from, workspace, bias, Address{}, image, exec);
+        });
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);
-        using T = typename Variant::T;
-        const UnpooledSource<T> source{windows.y,
-                                       windows.x,
-                                       pooled.step_y(),
-                                       pooled.step_x(),
-                                       signal.as<const T>(),
-                                       switches.as<const std::uint8_t>(),
-                                       mask_of(gate, forward).template as<const T>(),
-                                       overwrite};
-        launch_tap_gemm<Variant, true>(p, source, workspace, bias, Address{}, image, exec);
+        const auto from = source(typename Variant::T{});
+        launch_tap_gemm<Variant, true>(p, from, workspace, bias, Address{}, image, exec);
     });
 }
 

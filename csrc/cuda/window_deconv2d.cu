@@ -163,7 +163,8 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
                      Address positive, Address packed, Address origins, Address image,
                      Address workspace, const Exec& exec) {
     if (s.windows == 0) return;
-    const bool direct = !switches && !positive;  // the signal is the maps
+    // The signal is the maps, unless only a copy of it is aligned.
+    const bool direct = !switches && !positive && aligned(signal);
     const std::int64_t positions = s.out_height * s.out_width, bytes = element_bytes(dtype);
     const std::int64_t chunk = direct ? s.windows : chunk_windows(s, dtype);
     const Gate rectifier = static_cast<Gate>(static_cast<int>(gate) & kRectify);

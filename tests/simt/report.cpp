@@ -10,6 +10,8 @@ namespace simt {
 
 Settings settings;
 
+int architecture() { return settings.arch; }
+
 namespace {
 
 // Where this module is loaded; code addresses are kept as 32-bit offsets from here.

@@ -47,6 +47,9 @@ struct Site {
 void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
             void (*body)(void*), void* context, std::size_t context_bytes);
 
+// The one that launches are checked for: 75, 80, …
+int architecture();
+
 // The shared array of the declaration `key`, the same for all threads of a block.
 void* shared_array(const void* key, const char* name, std::size_t bytes);
 void* dynamic_shared();

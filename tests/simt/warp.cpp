@@ -108,6 +108,10 @@ void multiply_warp(void* const* lanes, unsigned) {
 }  // namespace
 
 void multiply(Element element, Product lane, Site site) {
+    if (settings.arch < 80)
+        fail("trap", text("a tensor-core product that sm_%d has not, %s:%d", settings.arch,
+                          site.file, site.line)
+                         .c_str());
     switch (element) {
         case Element::tf32:
             return meet(~0u, "mma tf32", site, &lane, multiply_warp<Element::tf32>);

@@ -21,6 +21,8 @@ import torch  # before any backend: they share the OpenMP runtime that torch has
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+#: Precision of csrc/ops.h: how CUDA's convolutions multiply float32.
+PRECISIONS = {"ieee": 0, "3xtf32": 1, "tf32": 2}
 GATES = {"none": 0, "deconvnet": 1, "backprop": 2, "guided": 3}
 
 
@@ -64,23 +66,50 @@ def _backend(device: torch.device) -> ModuleType:
     return BACKENDS[device.type]()
 
 
-def _exec(device: torch.device) -> tuple[int, int, int]:
+#: What the user asked for; None leaves it to torch. Of the process, because backward passes run in threads of their own.
+_precision: str | None = None
+
+
+def set_precision(mode: str | None) -> str | None:
+    """Set the numeric mode of CUDA's convolutions, None for torch's, and return the one before."""
+    global _precision
+    before, _precision = _precision, mode
+    return before
+
+
+def cuda_precision() -> int:
+    """Precision of csrc/ops.h for CUDA: what was set, else what torch allows cuDNN in convolutions."""
+    if _precision is not None:
+        return PRECISIONS[_precision]
+    new = getattr(torch.backends.cudnn, "conv", None)  # since torch 2.9
+    allowed = torch.backends.cudnn.allow_tf32 if new is None else new.fp32_precision == "tf32"
+    return PRECISIONS["tf32" if allowed else "ieee"]
+
+
+def _exec(device: torch.device) -> tuple[int, int, int, int]:
     if device.type == "cuda":
-        return device.index, torch.cuda.current_stream(device).cuda_stream, 0
-    return 0, 0, torch.get_num_threads()
+        return device.index, torch.cuda.current_stream(device).cuda_stream, 0, cuda_precision()
+    return 0, 0, torch.get_num_threads(), PRECISIONS["ieee"]
+
+
+def precision(like: Tensor) -> int:
+    """The mode in which :func:`run` computes where ``like`` is."""
+    return _exec(like.device)[-1]
 
 
 def _address(argument: Any) -> Any:
     return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
-def run(function: str, like: Tensor, *arguments: Any) -> None:
+def run(function: str, like: Tensor, *arguments: Any, precision: int | None = None) -> None:
     """Call ``function`` of ``csrc/ops.h`` on the device of ``like``, on its current stream.
 
-    Tensors among the arguments become addresses; they must be dense, checked and on one device.
+    Tensors among the arguments become addresses; they must be dense, checked and on one device. ``precision`` is the
+    present one unless given.
     """
     call = getattr(_backend(like.device), function)
-    call(*map(_address, arguments), _exec(like.device))
+    *where, present = _exec(like.device)
+    call(*map(_address, arguments), (*where, present if precision is None else precision))
     if record := _recording():
         record.calls.append(_Call(function, arguments))
 
@@ -213,5 +242,5 @@ def memo(guards: list[Callable[[], Any]]) -> Any:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None:
         return None
-    types, modes = (Tensor, torch.nn.Parameter), (torch.is_grad_enabled, torch.get_num_threads)
+    types, modes = (Tensor, torch.nn.Parameter), (torch.is_grad_enabled, torch.get_num_threads, cuda_precision)
     return cpu().Memo(types, guards, *modes, vars(torch.autograd.forward_ad), exchange)

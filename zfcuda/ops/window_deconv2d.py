@@ -110,6 +110,8 @@ def window_deconv2d(
 class WindowDeconv2d:
     """`window_deconv2d` with a weight that is packed once, for many calls. For use without autograd or tracing.
 
+    Calls compute in the numeric mode (:class:`zfcuda.set_fp32_precision`) in which the weight was packed.
+
     Parameters
     ----------
     weight, stride, dilation, groups, pool
@@ -139,6 +141,7 @@ class WindowDeconv2d:
         self.geometry.check()
         self.dtype, self.device = weight.dtype, weight.device
         where = self.geometry.shape(windows, (1, 1)), core.DTYPES[weight.dtype]
+        self.precision = core.precision(weight)  # the packed weight depends on it
         self.packed = core.room("window_deconv2d_packed", weight, *where)
         core.run("window_deconv2d_pack", weight, *where, weight.contiguous(), self.packed)
 
@@ -166,7 +169,8 @@ class WindowDeconv2d:
             tensors = (
                 None if t is None else t.contiguous() for t in (signal, switches, positive, self.packed, origins)
             )
-            core.run("window_deconv2d", signal, *where, core.GATES[gate], *tensors, image, scratch)
+            arguments = *where, core.GATES[gate], *tensors, image, scratch
+            core.run("window_deconv2d", signal, *arguments, precision=self.precision)
         return image
 
 

@@ -1,0 +1,135 @@
+// The product of two tiles in shared memory on the tensor cores, the inner loop of tap_mma.cuh.
+//
+//   accumulator[row][column] += sum over k of left[row][k] * right[k][column]
+//
+// Both tiles are made of pieces, the 16 bytes of four floats (or eight halves) that follow each
+// other in k. A row of a tile has kPieces of them; piece k of row r lies in slot
+//
+//   k * rows + (r ^ 2k)             k    row 0 1 2 3 4 5 6 7       a line: 128 bytes, all banks
+//                                   0    [0 1 2 3 4 5 6 7] 8 …
+//                                   1    [2 3 0 1 6 7 4 5] …
+//                                   2    [4 5 6 7 0 1 2 3] …
+//                                   3    [6 7 4 5 2 3 0 1] …
+//
+// No access meets a bank twice: ldmatrix reads eight rows of one piece, which fill one line in some
+// order; copies run 8 lanes along two rows r, r + 1 (r even) of four pieces, which go to places
+// {r, r + 1} ^ {0, 2, 4, 6} of their lines, all different. Without the exclusive or, the four
+// pieces of a row would go to the same banks.
+//
+// Whatever the type, ldmatrix gives a lane four bytes of a piece, and one instruction multiplies
+// two pieces: the fragments of m16n8k8 in tf32 and of m16n8k16 in halves are the same bytes. A warp
+// multiplies kWarpM x kWarpN results; 64 x 64 take 32 products from eight ldmatrix.x4: 4 products a
+// shared load.
+#pragma once
+
+#include "vector.cuh"
+
+namespace zfcuda {
+
+// Factors of a product: what is stored (T), and d += a b of two pairs of pieces.
+
+// tf32, float32 with 10 bits of fraction. Nothing is converted here: the right factor was rounded
+// when it was packed, the low bits of the left one are ignored, which truncates it.
+struct Tf32 {
+    using T = float;
+    struct Left {
+        std::uint32_t bits[4];
+    };
+    __device__ static void prepare(Left&) {}
+    __device__ static void multiply(float (&d)[4], const Left& a, const std::uint32_t (&b)[2]) {
+        mma_tf32(d, a.bits, b);
+    }
+};
+
+// float32 as big + small, both tf32: big is rounded to nearest, and so small has a sign of its own
+// and at most 13 bits, of which truncation leaves 11; the error is at most 2^-21 of a factor,
+// without a bias. small * small, less than 2^-22 of the product, is left out. The small products
+// come first. The difference to an infinity is NaN: so are the sums it enters.
+struct Tf32x3 {
+    using T = float;
+    struct Left {
+        std::uint32_t bits[4], small[4];
+    };
+    __device__ static std::uint32_t split(std::uint32_t& bits) {
+        const std::uint32_t big = (bits + 0x1000u) & ~0x1fffu;
+        const float small = __uint_as_float(bits) - __uint_as_float(big);
+        bits = big;
+        return __float_as_uint(small);
+    }
+    __device__ static void prepare(Left& a) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a.small[i] = split(a.bits[i]);
+    }
+    __device__ static void multiply(float (&d)[4], const Left& a, const std::uint32_t (&b)[2]) {
+        std::uint32_t big[2] = {b[0], b[1]};
+        const std::uint32_t small[2] = {split(big[0]), split(big[1])};
+        mma_tf32(d, a.small, big);
+        mma_tf32(d, a.bits, small);
+        mma_tf32(d, a.bits, big);
+    }
+};
+
+using Piece = Vector<std::uint32_t, 4>;
+
+// The sizes of a block's product; each warp has kWarpM x kWarpN of its kM x kN results.
+template <int kBlockM, int kBlockN, int kRowsOfWarp, int kColumnsOfWarp>
+struct MmaTile {
+    static constexpr int kM = kBlockM, kN = kBlockN;
+    static constexpr int kWarpM = kRowsOfWarp, kWarpN = kColumnsOfWarp;
+    static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
+    static constexpr int kPieces = 4;  // of a row at a time
+    static constexpr int kStages = 3;
+    static constexpr int kStagePieces = (kM + kN) * kPieces;
+    static constexpr int kSharedBytes = kStages * kStagePieces * int(sizeof(Piece));
+
+    using Accumulator = float[kWarpM / 16][kWarpN / 8][4];
+
+    template <int kRows>
+    __device__ static int slot(int piece, int row) {
+        return piece * kRows + (row ^ piece * 2);
+    }
+    __device__ static int first_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
+    __device__ static int first_column() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
+
+    template <typename Factors>
+    __device__ static void multiply(const Piece* left, const Piece* right, Accumulator& sum) {
+        // The row of shared memory whose address a lane gives: of 16 rows and two pieces. On the
+        // left the matrices of ldmatrix.x4 are rows 0, 8, 0, 8 of pieces 0, 0, 1, 1; on the right
+        // columns 0, 0, 8, 8 of pieces 0, 1, 0, 1.
+        const int lane = threadIdx.x % 32;
+        const int left_row = first_row() + lane % 16, left_piece = lane / 16;
+        const int right_row = first_column() + lane / 16 * 8 + lane % 8, right_piece = lane / 8 % 2;
+#pragma unroll
+        for (int k = 0; k < kPieces; k += 2) {
+            typename Factors::Left a[kWarpM / 16];
+#pragma unroll
+            for (int i = 0; i < kWarpM / 16; ++i) {
+                load_matrices<false>(a[i].bits, left + slot<kM>(k + left_piece, left_row + 16 * i));
+                Factors::prepare(a[i]);
+            }
+#pragma unroll
+            for (int j = 0; j < kWarpN / 8; j += 2) {
+                std::uint32_t b[4];
+                load_matrices<false>(b, right + slot<kN>(k + right_piece, right_row + 8 * j));
+#pragma unroll
+                for (int i = 0; i < kWarpM / 16; ++i) {
+                    Factors::multiply(sum[i][j], a[i], {b[0], b[1]});
+                    Factors::multiply(sum[i][j + 1], a[i], {b[2], b[3]});
+                }
+            }
+        }
+    }
+
+    // A thread's results: kRows rows by kQuads quads of neighbouring columns. Number 2h + e of a
+    // quad is result e of product h, see mma_slot.
+    static constexpr int kRows = kWarpM / 8, kQuads = kWarpN / 16;
+
+    __device__ static int row(int i) { return first_row() + 8 * i + threadIdx.x % 32 / 4; }
+    __device__ static int column(int j) { return first_column() + 16 * j + threadIdx.x % 4 * 4; }
+    __device__ static void quad(const Accumulator& sum, int i, int j, float (&quad)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) quad[e] = sum[i / 2][2 * j + e / 2][i % 2 * 2 + e % 2];
+    }
+};
+
+}  // namespace zfcuda

@@ -1,0 +1,145 @@
+// What every block of a tap product does before and after its main loop: which results are its own,
+// where they read and are written, and how a finished sum leaves. tap_gemm.cuh has the equation.
+#pragma once
+
+#include "odometer.cuh"
+#include "tap_plan.cuh"
+
+namespace zfcuda {
+
+// Where a pixel of the result reads (before the taps): element 0 of the block's group, row, column.
+struct alignas(16) TapPixel {
+    std::int64_t source;
+    int y, x;
+};
+
+// The source is a tensor, zero where `forward` is given and blocks it.
+template <typename T>
+struct TensorSource {
+    const T *values, *forward;
+
+    // kVector channels from element `offset` on, which lies at row y and column x.
+    template <int kVector>
+    __device__ Vector<T, kVector> load(std::int64_t offset, int, int) const {
+        return load_gated<T, kVector>(values, forward, offset);
+    }
+};
+
+// A block's tile: rows are pixels of one phase of all images, columns channels of one group.
+template <bool kTransposed>
+struct TapBlock {
+    int first_column, group, phase_y, phase_x;
+    PhaseTaps rows, columns;
+    std::int64_t first_pixel, pixel_count;
+
+    struct Place {
+        std::int64_t n, y, x;
+        bool inside;
+    };
+
+    __device__ Place place(int row) const {
+        const std::int64_t pixel = first_pixel + row, line = pixel / columns.pixels;
+        return {line / rows.pixels, line % rows.pixels, pixel % columns.pixels,
+                pixel < pixel_count};
+    }
+    __device__ TapPixel pixel(const TapPlan& p, int row) const {
+        const Place at = place(row);
+        const std::int64_t y = at.y * p.y.pixel_step + rows.offset;
+        const std::int64_t x = at.x * p.x.pixel_step + columns.offset;
+        return {p.steps.offset(at.n, std::int64_t(group) * p.channels, y, x),
+                at.inside ? static_cast<int>(y) : kOutside, static_cast<int>(x)};
+    }
+    // Where column 0 of a row goes, or -1.
+    __device__ std::int64_t target(const TapPlan& p, int row) const {
+        const Place at = place(row);
+        if (!at.inside) return -1;
+        return p.result.offset(at.n, std::int64_t(group) * p.columns,
+                               kTransposed ? phase_y + at.y * p.y.stride : at.y,
+                               kTransposed ? phase_x + at.x * p.x.stride : at.x);
+    }
+};
+
+// That of this block. Column tiles vary fastest: blocks that run together share their source.
+template <bool kTransposed, int kM, int kN>
+__device__ TapBlock<kTransposed> tap_block(const TapPlan& p) {
+    TapBlock<kTransposed> b;
+    unsigned block = blockIdx.x;
+    b.first_column = static_cast<int>(block % p.column_tiles) * kN;
+    block /= p.column_tiles;
+    b.first_pixel = std::int64_t(block % p.row_tiles) * kM;
+    block /= p.row_tiles;
+    b.group = static_cast<int>(block % p.groups);
+    b.phase_x = static_cast<int>(block / p.groups % p.x.phases);
+    b.phase_y = static_cast<int>(block / p.groups / p.x.phases);
+    b.rows = phase_taps<kTransposed>(p.y, b.phase_y);
+    b.columns = phase_taps<kTransposed>(p.x, b.phase_x);
+    b.pixel_count = p.batch * b.rows.pixels * b.columns.pixels;
+    return b;
+}
+
+// Blocks of a grid, checked.
+inline dim3 tap_grid(std::int64_t blocks) {
+    if (blocks > std::numeric_limits<int>::max())
+        throw std::runtime_error("zfcuda: a CUDA convolution needs over 2^31 blocks");
+    return dim3(static_cast<unsigned>(blocks));
+}
+
+// The grid for tiles of this size, whose numbers it writes into the plan; perhaps empty.
+inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
+    // The pixels of the first phase, the largest one.
+    const std::int64_t height = (p.y.size + p.y.phases - 1) / p.y.phases;
+    const std::int64_t width = (p.x.size + p.x.phases - 1) / p.x.phases;
+    const std::int64_t row_tiles = (p.batch * height * width + rows - 1) / rows;
+    p.column_tiles = (p.padded_columns + columns - 1) / columns;
+    const dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
+    p.row_tiles = static_cast<int>(row_tiles);
+    return grid;
+}
+
+// The bias of four columns of a group, zero beyond the last.
+template <typename T>
+__device__ void load_bias(const TapPlan& p, int group, const T* bias, int column, T (&shift)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+        shift[j] = bias != nullptr && column + j < p.columns
+                       ? bias[std::int64_t(group) * p.columns + column + j]
+                       : T(0);
+}
+
+// Where finished sums go, and what the convolution's gate does to them on the way.
+template <typename T, bool kTransposed>
+struct TapResult {
+    T* values;
+    const T* forward;
+    bool rectified;
+
+    __device__ T finish(T value, std::int64_t offset) const {
+        if (!kTransposed && forward != nullptr && forward[offset] <= T(0)) return T(0);
+        return !kTransposed && rectified ? rectify(value) : value;
+    }
+    __device__ void store(T value, std::int64_t offset) const {
+        values[offset] = finish(value, offset);
+    }
+    // Four that are neighbours in memory, aligned.
+    __device__ void store_quad(const T (&quad)[4], std::int64_t offset) const {
+        constexpr int kPack = Pack<T>::size < 4 ? Pack<T>::size : 4;
+#pragma unroll
+        for (int e = 0; e < 4; e += kPack) {
+            Vector<T, kPack> pack;
+#pragma unroll
+            for (int f = 0; f < kPack; ++f) pack.value[f] = finish(quad[e + f], offset + e + f);
+            store_vector(values + offset + e, pack);
+        }
+    }
+    // Four channels of an NHWC pixel, those there are.
+    __device__ void store_channels(const TapPlan& p, const T (&quad)[4], std::int64_t target,
+                                   int column) const {
+        if (target < 0 || column >= p.columns) return;
+        if (p.quads) return store_quad(quad, target + column);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            if (column + e < p.columns) store(quad[e], target + column + e);
+    }
+};
+
+}  // namespace zfcuda
