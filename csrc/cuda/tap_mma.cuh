@@ -112,7 +112,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
     const auto load_left = [&]() {
         for_each_left([&](int i, std::int64_t offset, int y, int x, bool inside) {
             staged[i] = {};
-            if (inside) staged[i] = source.template load<kElements>(offset, y, x);
+            if (inside) staged[i] = convert<T>(source.template load<kElements>(offset, y, x));
         });
     };
     const auto store_left = [&](Piece* stage) {
@@ -185,11 +185,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
         const int column = block.first_column + Tile::column(j);
-        T shift[4];
+        Sum<T> shift[4];
         load_bias(p, block.group, bias, column, shift);
 #pragma unroll
         for (int i = 0; i < Tile::kRows; ++i) {
-            T quad[4];
+            Sum<T> quad[4];
             Tile::quad(sum, i, j, quad);
 #pragma unroll
             for (int e = 0; e < 4; ++e) quad[e] += shift[e];
