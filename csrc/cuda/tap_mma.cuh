@@ -103,11 +103,6 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         }
         right_at.advance(step, pieces, width);
     };
-    const auto copy_left = [&](Piece* stage) {
-        for_each_left([&](int i, std::int64_t offset, int, int, bool inside) {
-            cp_async<16>(stage + left_slot + i * kStep, source.values + offset, inside ? 16 : 0);
-        });
-    };
     Vector<T, kElements> staged[kLeft];
     const auto load_left = [&]() {
         for_each_left([&](int i, std::int64_t offset, int y, int x, bool inside) {
@@ -131,7 +126,11 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
     const auto copy = [&](int chunk) {
         if (chunk < chunks) {
             Piece* const stage = stages + filled * Tile::kStagePieces;
-            if constexpr (!kTransposed) copy_left(stage);
+            if constexpr (!kTransposed)
+                for_each_left([&](int i, std::int64_t offset, int, int, bool inside) {
+                    cp_async<16>(stage + left_slot + i * kStep, source.values + offset,
+                                 inside ? 16 : 0);
+                });
             copy_right(stage);
         }
         cp_async_commit();  // perhaps an empty group, so that the newest two are always the same

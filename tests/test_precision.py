@@ -1,0 +1,313 @@
+"""The numeric modes of CUDA's float32 convolutions: values by a model of each mode, what chooses it, who respects it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import Sample, assert_within, check_exact, normal, whole_numbers
+from torch import Tensor
+
+import zfcuda
+from zfcuda import core, ops, reference
+
+CUDA = pytest.mark.parametrize("backend", ["simt", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+MODES = ("3xtf32", "tf32")
+
+
+@pytest.fixture
+def mode(request):
+    with zfcuda.set_fp32_precision(request.param):
+        yield request.param
+
+
+IN_EACH_MODE = pytest.mark.parametrize("mode", MODES, indirect=True)
+
+
+def truncated(values: Tensor) -> Tensor:
+    """As the tensor cores read a float: 10 bits of fraction."""
+    return (values.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def rounded(values: Tensor) -> Tensor:
+    """To 10 bits of fraction, ties away from zero: a weight as it is packed."""
+    bits = values.float().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+# ---------------------------------------------------------------- values
+
+#: weight, its groups, the rest: few channels; sums off every tile; strides, dilation, groups, phases; filters as large as
+#: the image; 1 x 1; no images; channels that the tensor cores do not serve.
+CASES = [
+    ((2, 4, 9, 8), (4, 4, 3, 3), {"stride": 2, "padding": 1}),
+    ((1, 12, 7, 6), (20, 12, 3, 2), {"padding": (2, 0), "dilation": (2, 3)}),
+    ((2, 8, 12, 11), (72, 8, 3, 3), {"padding": 1}),  # 264 rows: two tiles and 8; 72 columns: a tile and 8
+    ((1, 8, 5, 5), (6, 4, 3, 3), {"groups": 2, "padding": 1}),  # three columns a group
+    ((1, 24, 4, 5), (17, 24, 1, 1), {}),
+    ((1, 4, 5, 6), (2, 4, 5, 6), {}),
+    ((1, 4, 2, 3), (5, 4, 3, 3), {"padding": 4, "stride": 5}),  # padding alone
+    ((2, 20, 6, 5), (12, 20, 2, 4), {"stride": (3, 1), "padding": 1}),
+    ((0, 4, 9, 8), (4, 4, 3, 3), {}),
+    ((1, 6, 5, 5), (8, 6, 3, 3), {}),
+]
+IDS = [f"{weight} {options}" for _, weight, options in CASES]
+
+
+def channels_last(*tensors: Tensor, device: torch.device) -> list[Tensor]:
+    return [t.float().to(device, memory_format=torch.channels_last) for t in tensors]
+
+
+def check_model(
+    actual: Tensor, torchs: Callable[..., Tensor], source: Tensor, weight: Tensor, mode: str, groups: int = 1
+) -> None:
+    """At most twice the error that torch makes in float32 of the factors that the mode multiplies."""
+    if mode == "tf32" and source.size(1) // groups % 4 == 0:
+        source, weight = truncated(source), rounded(weight)
+    source, weight = source.float(), weight.float()
+    terms = source.size(1) // groups * weight.size(2) * weight.size(3)
+    assert_within(actual, torchs(source, weight), torchs(source.double(), weight.double()), terms)
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize(("size", "filters", "options"), CASES, ids=IDS)
+def test_convolution(backend, mode, size, filters, options):
+    image, weight = normal(*size), normal(*filters, seed=1)
+    bias = normal(filters[0], seed=2)
+    actual = ops.conv2d_relu(
+        *channels_last(image, weight, device=backend.device), bias.float().to(backend.device), **options
+    )
+
+    def torchs(x, w):
+        return F.conv2d(x, w, bias.to(x), **options).relu()
+
+    check_model(actual, torchs, image, weight, mode, groups=options.get("groups", 1))
+
+
+DOWN = [
+    ((2, 4, 5, 4), (4, 3, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    ((1, 12, 4, 5), (12, 20, 3, 2), {"padding": (2, 0), "dilation": (2, 3)}),
+    ((1, 8, 4, 4), (8, 2, 3, 3), {"groups": 2}),
+    ((1, 20, 6, 5), (20, 70, 4, 2), {"stride": (3, 1)}),  # phases of 2, 1 and 1 taps
+    ((1, 24, 4, 5), (24, 3, 1, 1), {}),
+    ((1, 4, 3, 3), (4, 17, 1, 1), {"stride": 3}),  # pixels that no tap reaches
+    ((0, 4, 5, 4), (4, 3, 3, 3), {}),
+    ((1, 6, 4, 4), (6, 4, 3, 3), {}),
+]
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("gate", ["none", "deconvnet", "backprop", "guided"])
+@pytest.mark.parametrize(("size", "filters", "options"), DOWN, ids=[f"{f} {o}" for _, f, o in DOWN])
+def test_transposed_convolution(backend, mode, gate, size, filters, options):
+    signal, weight = normal(*size), normal(*filters, seed=1)
+    bias = normal(filters[1] * options.get("groups", 1), seed=2)
+    gated = {"gate": gate}
+    if gate in ("backprop", "guided"):
+        forward = normal(*size, seed=3).relu()
+        (gated["forward"],) = channels_last(forward, device=backend.device)
+    tensors = channels_last(signal, weight, device=backend.device)
+    actual = ops.deconv2d(*tensors, bias.float().to(backend.device), **options, **gated)
+    if gate in ("deconvnet", "guided"):
+        signal = signal.relu()
+    if gate in ("backprop", "guided"):
+        signal = signal * (forward > 0)
+
+    def torchs(x, w):
+        return F.conv_transpose2d(x, w, bias.to(x), **options)
+
+    check_model(actual, torchs, signal, weight, mode, groups=options.get("groups", 1))
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("gate", ["none", "guided"])
+@pytest.mark.parametrize("overlap", ["sum", "overwrite"])
+@pytest.mark.parametrize("channels", [8, 6])
+def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels):
+    above, switches = reference.max_pool2d(normal(2, channels, 7, 6), 3, 2, ceil_mode=True)
+    signal = normal(*above.shape, seed=3)
+    weight = normal(channels, 5, 3, 3, seed=1)
+    options = {"stride": 2, "padding": 1, "output_padding": 1}
+    pool = {"kernel_size": 3, "stride": 2, "output_size": (7, 6)}
+    gated = {"gate": gate}
+    masked = signal.float()
+    if gate == "guided":
+        (gated["forward"],) = channels_last(above, device=backend.device)
+        masked = masked * (above > 0)
+    placed = channels_last(signal, weight, device=backend.device)
+    where = switches.to(backend.device, memory_format=torch.channels_last)
+    actual = ops.unpool_relu_deconv2d(
+        placed[0], where, placed[1], **options, **gated, overlap=overlap, **{f"pool_{k}": v for k, v in pool.items()}
+    )
+    maps = reference.max_unpool2d(masked, switches, **pool, overlap=overlap)  # sums of float32, as the tensor cores get them
+    maps = maps.relu() if gate == "guided" else maps
+
+    def torchs(x, w):
+        return F.conv_transpose2d(x, w, None, **options)
+
+    check_model(actual, torchs, maps, weight, mode)
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("pooled", [False, True])
+def test_windows(backend, mode, pooled):
+    """A weight that is packed once computes in the mode in which it was packed."""
+    signal, weight = normal(5, 2, 2, 8), normal(8, 4, 3, 3, seed=1)
+    origins = torch.zeros(5, 2, dtype=torch.int64)
+    options = {"gate": "deconvnet"}
+    maps = signal.float().relu().movedim(3, 1)
+    if pooled:
+        switches = torch.randint(0, 9, signal.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+        options["switches"] = switches.to(backend.device)
+        maps = reference.max_unpool2d(signal.float().movedim(3, 1), switches.movedim(3, 1), 3, 2, 0, 1, (5, 5)).relu()
+    tensors = [t.to(backend.device) for t in (signal.float(), origins)]
+    step = ops.WindowDeconv2d(
+        weight.float().to(backend.device), (2, 2), 2, windows=5, pool=(3, 2, 1) if pooled else None
+    )
+    with zfcuda.set_fp32_precision("ieee"):
+        actual = step(*tensors, (99, 99), **options)
+
+    def torchs(x, w):
+        return F.conv_transpose2d(x, w, None, 2).movedim(1, 3)
+
+    check_model(actual, torchs, maps, weight, mode)
+
+
+@CUDA
+@IN_EACH_MODE
+def test_many_pixels(backend, mode):
+    """Enough blocks for the largest tile; more chunks than there are buffers."""
+    image, weight = normal(1, 8, 132, 131), normal(128, 8, 3, 3, seed=1)
+    actual = ops.conv2d_relu(*channels_last(image, weight, device=backend.device))
+    check_model(actual, lambda x, w: F.conv2d(x, w).relu(), image, weight, mode)
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2}], ids=str)
+def test_whole_numbers_are_exact(backend, mode, options):
+    """Eleven bits hold them, and gradients of every order run in the mode, too."""
+    tensors = [whole_numbers(2, 8, 6, 5), whole_numbers(8, 8 // options.get("groups", 1), 3, 3, seed=1)]
+    sample = Sample([*tensors, whole_numbers(8, seed=2)], options)
+    check_exact(ops.conv2d_relu, lambda *args, **more: F.conv2d(*args, **more).relu(), sample, backend)
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_not_finite(backend, mode, value):
+    """It reaches the results that it reaches by torch, and no other; 3xtf32 makes NaN of infinities."""
+    image, weight = normal(1, 8, 6, 6), normal(4, 8, 3, 3, seed=1)
+    image[0, 2, 3, 1] = float(value)
+    actual = ops.deconv2d(*channels_last(image, weight.transpose(0, 1).flip(2, 3), device=backend.device), padding=1)
+    expected = F.conv2d(image.relu(), weight, padding=1)
+    if mode == "3xtf32":
+        expected[~expected.isfinite()] = float("nan")
+    rtol = 2**-9
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=rtol, atol=rtol * 20, equal_nan=True)
+
+
+@CUDA
+@IN_EACH_MODE
+def test_misaligned_memory(backend, mode):
+    """What 16-byte copies cannot read is multiplied by FMA, or copied before."""
+    memory = torch.empty(1 * 5 * 5 * 8 + 1, device=backend.device)
+    image = memory[1:].view(1, 5, 5, 8).movedim(3, 1).copy_(normal(1, 8, 5, 5))
+    weight = normal(4, 8, 3, 3, seed=1).float().to(backend.device)
+    actual = ops.conv2d_relu(image, weight)
+    with zfcuda.set_fp32_precision("ieee"):
+        assert torch.equal(actual, ops.conv2d_relu(image, weight))
+    windows = memory[1:].view(1, 5, 5, 8)
+    origins = torch.zeros(1, 2, dtype=torch.int64, device=backend.device)
+    weight = weight.transpose(0, 1).contiguous()
+    aligned = ops.window_deconv2d(windows.clone(), weight, origins, (9, 9))
+    assert torch.equal(ops.window_deconv2d(windows, weight, origins, (9, 9)), aligned)
+
+
+@CUDA
+def test_ieee_is_more_exact_than_3xtf32_and_that_than_tf32(backend):
+    """The modes differ, so each was chosen."""
+    image, weight = normal(1, 32, 8, 8), normal(8, 32, 3, 3, seed=1)
+    exact = F.conv2d(image.float().double(), weight.float().double()).relu()
+    error = {}
+    for name in ("ieee", *MODES):
+        with zfcuda.set_fp32_precision(name):
+            actual = ops.conv2d_relu(*channels_last(image, weight, device=backend.device))
+        error[name] = float((actual.cpu().double() - exact).abs().max() / exact.max())
+    assert error["tf32"] > 1e-4 and error["3xtf32"] < 1e-6 and error["ieee"] < 1e-6
+    assert error["3xtf32"] != error["ieee"]
+
+
+@pytest.mark.parametrize("backend", ["simt"], indirect=True)
+@IN_EACH_MODE
+def test_architectures_without_tf32_multiply_by_fma(backend, mode, emulator, monkeypatch):
+    """The emulator stops at an instruction that the architecture has not."""
+    tensors = channels_last(normal(1, 8, 5, 5), normal(4, 8, 3, 3, seed=1), device=backend.device)
+    monkeypatch.setattr(emulator, "arch", 75)
+    actual = ops.conv2d_relu(*tensors)
+    with zfcuda.set_fp32_precision("ieee"):
+        assert torch.equal(actual, ops.conv2d_relu(*tensors))
+
+
+# ---------------------------------------------------------------- which mode
+
+
+def test_it_follows_torch_unless_set(monkeypatch):
+    def mode() -> str:
+        return {number: name for name, number in core.PRECISIONS.items()}[core.cuda_precision()]
+
+    with zfcuda.set_fp32_precision(None):
+        assert mode() == "tf32"  # as torch's convolutions
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            assert mode() == "ieee"
+            with zfcuda.set_fp32_precision("3xtf32"):
+                assert mode() == "3xtf32"
+                zfcuda.set_fp32_precision("tf32")
+                assert mode() == "tf32"
+            assert mode() == "ieee"
+        assert mode() == "tf32"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="since torch 2.9")
+def test_it_follows_torchs_newer_setting():
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for setting, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            with zfcuda.set_fp32_precision(None):
+                assert core.cuda_precision() == core.PRECISIONS[expected]
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="mode is 'high'; it must be one of 'ieee', '3xtf32', 'tf32'"):
+        zfcuda.set_fp32_precision("high")
+
+
+def test_the_cpu_has_one_mode():
+    image, weight = normal(1, 8, 6, 6).float(), normal(4, 8, 3, 3, seed=1).float()
+    expected = ops.conv2d_relu(image, weight)
+    with zfcuda.set_fp32_precision("tf32"):
+        assert torch.equal(ops.conv2d_relu(image, weight), expected)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_repeated_calls_see_a_change(backend):
+    """Those that a memo repeats, and those of a compiled graph."""
+    tensors = channels_last(normal(1, 32, 8, 8), normal(8, 32, 3, 3, seed=1), device=backend.device)
+    compiled = torch.compile(ops.conv2d_relu, backend="aot_eager")
+    for function in (ops.conv2d_relu, compiled):
+        results = []
+        for name in ("ieee", "tf32", "ieee", "tf32"):
+            with zfcuda.set_fp32_precision(name):
+                results.append([function(*tensors) for _ in range(3)])
+        ieee, tf32, *again = results
+        assert torch.equal(torch.stack(ieee), torch.stack(again[0])) and not torch.equal(ieee[0], tf32[0])
+        assert torch.equal(torch.stack(tf32), torch.stack(again[1])) and torch.equal(tf32[0], tf32[2])
