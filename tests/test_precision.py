@@ -180,7 +180,7 @@ def test_windows(backend, mode, pooled):
 
 
 @CUDA
-@IN_EACH_MODE
+@pytest.mark.parametrize("mode", ["tf32"], indirect=True)
 def test_many_pixels(backend, mode):
     """Enough blocks for the largest tile; more chunks than there are buffers."""
     image, weight = normal(1, 8, 132, 131), normal(128, 8, 3, 3, seed=1)

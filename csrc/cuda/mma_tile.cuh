@@ -102,9 +102,10 @@ struct MmaTile {
         Lane lane;
 #pragma unroll
         for (int k = 0; k < kPieces / 2; ++k) {
-            lane.left[k] = slot<kM>(2 * k + number / 16, first_row() + number % 16);
-            lane.right[k] = kM * kPieces + slot<kN>(2 * k + number / 8 % 2,
-                                                    first_column() + number / 16 * 8 + number % 8);
+            const int row = first_row() + number % 16;
+            const int column = first_column() + number / 16 * 8 + number % 8;
+            lane.left[k] = kept(slot<kM>(2 * k + number / 16, row));
+            lane.right[k] = kept(kM * kPieces + slot<kN>(2 * k + number / 8 % 2, column));
         }
         return lane;
     }

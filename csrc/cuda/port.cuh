@@ -116,6 +116,17 @@ constexpr int kArch = __CUDA_ARCH__ / 10;
 constexpr int kArch = 80;  // nvcc's host pass, and the emulator
 #endif
 
+// The same number, of unknown origin. The compiler prefers to compute cheap indices anew in every
+// turn of a loop to keeping them in registers, and the loads that need them wait; it cannot do
+// that with what a shuffle gave.
+__device__ __forceinline__ int kept(int number) {
+#if defined(ZF_SIMT)
+    return number;
+#else
+    return __shfl_sync(0xffffffffu, number, threadIdx.x % 32);
+#endif
+}
+
 #if !defined(ZF_SIMT)
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));

@@ -90,8 +90,8 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
     const std::int64_t step_y = p.y.offset_step * p.steps.row;
     const std::int64_t step_x = p.x.offset_step * p.steps.column;
     const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-    const int left_slot = Tile::template slot<kM>(piece, first);
-    const int right_slot = kM * kPieces + Tile::template slot<kN>(piece, first);
+    const int left_slot = kept(Tile::template slot<kM>(piece, first));
+    const int right_slot = kept(kM * kPieces + Tile::template slot<kN>(piece, first));
 
     // Taps change once in many chunks: what depends on them alone is kept. For each of the thread's
     // rows of the source: where it reads, and whether that is inside.
