@@ -25,7 +25,7 @@ import test_unpool_relu_deconv2d
 import test_window_deconv2d
 import torch
 import torch.nn.functional as F
-from oracles import Sample, normal
+from oracles import HALVES, Sample, normal
 from torch import Tensor
 
 from zfcuda import ops, reference
@@ -41,6 +41,8 @@ class Declared:
     #: torch's way to the same results, and the slow oracle; both from the operator's own test file.
     rival: Callable[..., Any]
     oracle: Callable[..., Any] | None = None
+    #: The oracle of a dtype, where numbers that are rounded on the way are compared.
+    rounding: Callable[[torch.dtype], Callable[..., Any]] | None = None
     #: The tensors that have derivatives of every order.
     differentiable: tuple[str, ...] = ()
     #: The tensors whose first dimension is the batch's.
@@ -55,6 +57,10 @@ class Declared:
     @property
     def name(self) -> str:
         return self.call.__name__
+
+    def oracle_of(self, dtype: torch.dtype) -> Any:
+        """The oracle for numbers of ``dtype``."""
+        return self.rounding(dtype) if self.rounding and dtype in HALVES else self.oracle
 
     def sample(self, device: torch.device, dtype: torch.dtype = torch.float64, layout: str = "contiguous") -> Sample:
         """The first one."""
@@ -125,6 +131,7 @@ OPERATORS = [
         test_conv2d_relu_max_pool2d.sample_inputs,
         test_conv2d_relu_max_pool2d.torchs,
         reference.conv2d_relu_max_pool2d,
+        test_conv2d_relu_max_pool2d.rounding,
         batched=("input",),
         differentiable=("input", "weight", "bias"),
         casts=True,
@@ -228,7 +235,8 @@ every backend present.
 _FOOT = """
 All of them:
 
-- take float32 and float64 tensors of any strides on the CPU and on CUDA, lazily negated ones too, and empty batches;
+- take float16, bfloat16, float32 and float64 tensors of any strides on the CPU and on CUDA, lazily negated ones too,
+  and empty batches; sums of halves are float32, and a result is rounded once;
 - follow the memory format of their first tensor; a gradient has the strides of its tensor, as DDP asks;
 - give the same bits with any number of threads, from several Python threads at once and under
   `torch.use_deterministic_algorithms`;
@@ -237,7 +245,7 @@ All of them:
 - answer `torch.func.grad`, `jacrev` and `vmap`, in any nesting, where they have derivatives, and refuse a gradient
   where they have none. Forward mode (`jvp`, `jacfwd`, dual tensors) is refused with the way round it, never answered by
   zeros. Inside `torch.compile`, `vmap` works and torch refuses `torch.func.grad` of registered operators;
-- compute in float32 under autocast wherever there are no kernels for its dtype yet, and leave float64 alone.
+- leave float64 alone under autocast, as torch does.
 
 What is written into `out=`, and `renormalize_filters_`, is not differentiable: a tensor that requires a gradient is
 refused by the one, and changed as an optimiser changes it by the other. Both count as writes for autograd, and compile.
@@ -256,7 +264,7 @@ def table() -> str:
                 f"| `{d.name}`",
                 f"every order, by {', '.join(d.differentiable)}" if d.differentiable else "refused",
                 "yes" if d.unbatched else "—",
-                ("its own dtype" if d.casts else "the tensors' dtype") + ", if there are kernels for it |",
+                ("its own dtype |" if d.casts else "the tensors' dtype |"),
             )
         )
         for d in OPERATORS

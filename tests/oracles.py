@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zfcuda import core
+
+#: Every dtype that the operators take.
+DTYPES = pytest.mark.parametrize("dtype", list(core.DTYPES), ids=str)
+
+HALVES = (torch.float16, torch.bfloat16)
+
 #: For what concerns torch and not the kernels (and what would take the emulator minutes).
 NATIVE = pytest.mark.parametrize("backend", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 
@@ -79,21 +86,27 @@ def normal(*size: int, seed: int = 0) -> Tensor:
 # ---------------------------------------------------------------- values
 
 
-def evaluate(function: Callable[..., Any], sample: Sample, exact: bool = False) -> list[Tensor]:
-    """Outputs of a call, and where it has them its gradients by every floating tensor for a fixed cotangent."""
+def evaluate(
+    function: Callable[..., Any], sample: Sample, exact: bool = False, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Outputs of a call, and where it has them its gradients by every floating tensor for a fixed cotangent.
+
+    The cotangent is whole numbers (``exact``), or numbers that ``dtype`` has.
+    """
     outputs = sample.call(function)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     if not sample.differentiable:
         return outputs
     values = (whole_numbers if exact else normal)(*outputs[0].shape, seed=99)
-    cotangent = torch.empty_like(outputs[0]).copy_(values)
+    cotangent = torch.empty_like(outputs[0]).copy_(values.to(dtype))
     return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs[0], sample.leaves(), cotangent)]
 
 
 def assert_within(actual: Tensor, torchs: Tensor, exact: Tensor, terms: int) -> None:
     """The house's rule: at most twice torch's error, and a floor for where torch's happens to be none.
 
-    The floor is two ulp of the largest result, times the root of the number of terms of a sum.
+    The floor is two ulp of the largest result, times the root of the number of terms of a sum; of halves, whose sums
+    are floats, one rounding of the largest result on top of that.
     """
     assert actual.shape == exact.shape
     actual, torchs, exact = actual.cpu(), torchs.cpu(), exact.cpu()
@@ -110,7 +123,10 @@ def assert_within(actual: Tensor, torchs: Tensor, exact: Tensor, terms: int) -> 
         return float((value.double() - exact)[finite].abs().max()) if finite.any() else 0.0
 
     largest = float(exact[finite].abs().max()) if finite.any() else 0.0
-    floor = 2 * torch.finfo(actual.dtype).eps * terms**0.5 * largest
+    half = actual.dtype in HALVES
+    floor = 2 * torch.finfo(torch.float32 if half else actual.dtype).eps * terms**0.5 * largest
+    if half:
+        floor += torch.finfo(actual.dtype).eps / 2 * largest
     assert error(actual) <= 2 * error(torchs) + floor
 
 
@@ -123,27 +139,50 @@ def check_values(
     dtype: torch.dtype,
     layout: str = "contiguous",
 ) -> None:
-    """Values and gradients of ``operator`` against the oracle in float64, next to torch's own in ``dtype``."""
+    """Values and gradients of ``operator`` against the oracle in float64, next to torch's own in ``dtype``.
+
+    Both get the numbers that ``dtype`` has. What torch cannot compute in halves it computes in float32, for it to be
+    rounded once.
+    """
     cpu = torch.device("cpu")
-    exact = evaluate(oracle, sample.on(cpu, torch.float64))
-    torchs = evaluate(rival, sample.on(cpu, dtype))
-    for one, other in zip(exact, evaluate(rival, sample.on(cpu, torch.float64)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11, equal_nan=True)
+    given = sample.on(cpu, dtype)
+    wide = given.on(cpu, torch.float64)
+    exact = evaluate(oracle, wide, dtype=dtype)
+    try:
+        torchs = evaluate(rival, given, dtype=dtype)
+    except RuntimeError:
+        assert dtype in HALVES
+        torchs = evaluate(rival, given.on(cpu, torch.float32), dtype=dtype)
+        torchs = [t.to(dtype) if t.is_floating_point() else t for t in torchs]
+    if dtype not in HALVES:  # where an oracle may round
+        for one, other in zip(exact, evaluate(rival, wide, dtype=dtype), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11, equal_nan=True)
     placed = sample.on(device, dtype, layout)
     terms = max(t.numel() for t in sample.tensors if t is not None)
-    for a, t, e in zip(evaluate(operator, placed), torchs, exact, strict=True):
+    for a, t, e in zip(evaluate(operator, placed, dtype=dtype), torchs, exact, strict=True):
         assert a.dtype == (dtype if a.is_floating_point() else e.dtype) and a.device == placed.tensors[0].device
         assert_within(a, t, e, terms)
 
 
-def check_exact(operator: Callable[..., Any], rival: Callable[..., Any], sample: Sample, backend: Any) -> None:
-    """Bit-equal (but for the sign of zero) to torch in float64, for samples whose arithmetic is exact."""
+def check_exact(
+    operator: Callable[..., Any],
+    rival: Callable[..., Any],
+    sample: Sample,
+    backend: Any,
+    halves: Sequence[torch.dtype] = HALVES,
+) -> None:
+    """Bit-equal (but for the sign of zero) to torch in float64, for samples whose arithmetic is exact.
+
+    In halves to what torch has in float64, rounded: so one rounding is all that an operator does.
+    """
     cpu = torch.device("cpu")
     expected = evaluate(rival, sample.on(cpu, torch.float64), exact=True)
-    for layout in ("contiguous", "channels_last"):
-        placed = sample.on(backend.device, torch.float32, layout)
+    layouts = "contiguous", "channels_last"
+    for layout, dtype in [*((layout, torch.float32) for layout in layouts), *zip(layouts, halves, strict=False)]:
+        placed = sample.on(backend.device, dtype, layout)
         for a, e in zip(evaluate(operator, placed, exact=True), expected, strict=True):
-            torch.testing.assert_close(a.cpu().double(), e.double(), rtol=0, atol=0, equal_nan=True)
+            rounded = e.to(dtype) if a.is_floating_point() else e
+            torch.testing.assert_close(a.cpu().double(), rounded.double(), rtol=0, atol=0, equal_nan=True)
 
 
 def channels_innermost(t: Tensor) -> bool:

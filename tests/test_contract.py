@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from operators import OPERATORS, Declared, table
-from oracles import LAYOUTS, NATIVE, check_registration, check_values, evaluate, normal
+from oracles import HALVES, LAYOUTS, NATIVE, check_registration, check_values, evaluate, normal
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from zfcuda import ops
+from zfcuda import core, ops
 from zfcuda.ops import _register
 
 ALL = pytest.mark.parametrize("declared", OPERATORS, ids=lambda d: d.name)
@@ -34,6 +34,8 @@ SAMPLES = pytest.mark.parametrize(
     ("declared", "number"),
     [pytest.param(d, n, id=f"{d.name}-{n}") for d in OPERATORS for n in range(len(d.samples()))],
 )
+#: One dtype that is computed in itself, and those that are not.
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 DIFFERENTIABLE = having(lambda d: d.differentiable)
 OTHERS = having(lambda d: not d.differentiable)
 
@@ -52,22 +54,25 @@ def loss(function):
 
 
 @having(lambda d: d.oracle)
+@DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(backend, declared, layout):
+def test_any_strides(backend, declared, layout, dtype):
     for sample in declared.samples()[:2]:
-        check_values(declared.call, declared.oracle, declared.rival, sample, backend.device, torch.float32, layout)
+        functions = declared.call, declared.oracle_of(dtype), declared.rival
+        check_values(*functions, sample, backend.device, dtype, layout)
 
 
 @DIFFERENTIABLE
+@DTYPES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients_have_the_strides_of_their_tensors(backend, declared, layout):
-    """Which DDP asks of a weight's; and the results follow the first tensor."""
-    sample = declared.sample(backend.device, torch.float32, layout)
+def test_gradients_have_the_strides_of_their_tensors(backend, declared, layout, dtype):
+    """Which DDP asks of a weight's, and the dtype; and the results follow the first tensor."""
+    sample = declared.sample(backend.device, dtype, layout)
     result = sample.call(declared.call)
     results = result if isinstance(result, tuple) else (result,)
     assert all(r.is_contiguous(memory_format=getattr(torch, f"{layout}_format", torch.channels_last)) for r in results)
     gradients = torch.autograd.grad(results[0].sum(), sample.leaves())  # an expanded cotangent
-    assert [g.stride() for g in gradients] == [t.stride() for t in sample.leaves()]
+    assert [(g.stride(), g.dtype) for g in gradients] == [(t.stride(), dtype) for t in sample.leaves()]
 
 
 @having(lambda d: d.unbatched)
@@ -87,21 +92,23 @@ def test_there_is_a_sample_without_images(declared):
 
 
 @ALL
-def test_lazily_negated(backend, declared):
+@DTYPES
+def test_lazily_negated(backend, declared, dtype):
     """A view whose numbers have another sign than its memory."""
-    sample = declared.sample(backend.device, torch.float32)
+    sample = declared.sample(backend.device, dtype)
     function, tensors = declared.of(sample)
     same(function(torch._neg_view(tensors[0]), *tensors[1:]), function(-tensors[0], *tensors[1:]))
 
 
 @NATIVE
 @ALL
-def test_the_same_bits_with_any_number_of_threads(backend, declared, threads):
+@DTYPES
+def test_the_same_bits_with_any_number_of_threads(backend, declared, threads, dtype):
     sample = declared.images(declared.samples()[0], lambda t: torch.cat([t] * 16))
     runs = []
     for count in (1, 2, 2):
         threads(count)
-        runs.append(evaluate(declared.call, sample.on(backend.device, torch.float32)))
+        runs.append(evaluate(declared.call, sample.on(backend.device, dtype)))
     same(runs[1], runs[0])
     same(runs[2], runs[0])
 
@@ -134,16 +141,21 @@ def test_gradcheck(backend, declared):
 
 
 @DIFFERENTIABLE
-def test_second_derivatives_are_torchs(backend, declared):
+@pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
+def test_second_derivatives_are_torchs(backend, declared, dtype):
+    """Of halves too, as torch has them in float64, but for the roundings of the steps to them."""
+
     def second(call, sample):
         result = sample.call(call)
         result = result[0] if isinstance(result, tuple) else result
         gradients = torch.autograd.grad(result.pow(3).sum(), sample.leaves(), create_graph=True)
         return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), sample.leaves())
 
-    actual = second(declared.call, declared.sample(backend.device))
-    for a, e in zip(actual, second(declared.rival, declared.sample(torch.device("cpu"))), strict=True):
-        torch.testing.assert_close(a.cpu(), e, rtol=1e-9, atol=1e-9 * float(e.abs().max()))
+    given = declared.sample(torch.device("cpu"), dtype)
+    expected = second(declared.rival, given.on(torch.device("cpu"), torch.float64))
+    tolerance = 1e-9 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
+    for a, e in zip(second(declared.call, given.on(backend.device, dtype)), expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), e, rtol=tolerance, atol=tolerance * float(e.abs().max()))
 
 
 @ALL
@@ -267,19 +279,24 @@ def test_forward_mode_is_refused(backend, declared):
 @SAMPLES
 def test_registration(backend, declared, number):
     """opcheck of every registered operator that the call and its gradients make."""
-    check_registration(declared.call, declared.samples()[number].on(backend.device, torch.float32))
+    for dtype in [torch.float32] if number else [torch.float32, *HALVES]:
+        check_registration(declared.call, declared.samples()[number].on(backend.device, dtype))
 
 
 @NATIVE
 @ALL
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_compiles_to_one_graph(backend, declared, layout):
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("contiguous", torch.float32), ("channels_last", torch.float32), ("contiguous", torch.bfloat16)],
+    ids=str,
+)
+def test_compiles_to_one_graph(backend, declared, layout, dtype):
     """For batches of two sizes: values, gradients and strides of the eager call."""
-    for sample in declared.samples():
+    for sample in declared.samples() if dtype == torch.float32 else declared.samples()[:1]:
         torch.compiler.reset()
         compiled = torch.compile(declared.call, fullgraph=True, dynamic=True, backend="aot_eager")
         for twice in (sample, declared.images(sample, lambda t: torch.cat([t, t]))):
-            placed = twice.on(backend.device, torch.float32, layout)
+            placed = twice.on(backend.device, dtype, layout)
             same(evaluate(compiled, placed), evaluate(declared.call, placed))
 
 
@@ -318,17 +335,18 @@ def test_traces_by_make_fx_and_symbolically(backend, declared):
 
 
 @ALL
-def test_fake_and_meta_agree_with_the_call(declared):
+@DTYPES
+def test_fake_and_meta_agree_with_the_call(declared, dtype):
     """Sizes, dtypes and strides without data."""
     for layout in ("contiguous", "channels_last"):
-        sample = declared.sample(torch.device("cpu"), torch.float32, layout)
+        sample = declared.sample(torch.device("cpu"), dtype, layout)
         expected = sample.call(declared.call)
         with FakeTensorMode() as mode:
             fake = copy.copy(sample)
             fake.tensors = [t if t is None else mode.from_tensor(t) for t in sample.tensors]
             fake.options = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in sample.options.items()}
             faked = fake.call(declared.call)
-        for made in (faked, sample.on(torch.device("meta"), torch.float32, layout).call(declared.call)):
+        for made in (faked, sample.on(torch.device("meta"), dtype, layout).call(declared.call)):
             for m, e in zip(*(r if isinstance(r, tuple) else (r,) for r in (made, expected)), strict=True):
                 assert (m.shape, m.dtype, m.stride()) == (e.shape, e.dtype, e.stride())
 
@@ -348,26 +366,31 @@ def test_the_profiler_sees_it_by_name(declared):
 
 
 @ALL
-def test_autocast(declared):
-    """float32 from every narrower dtype, as there are kernels for no other; float64 stays."""
+@pytest.mark.parametrize("active", HALVES, ids=str)
+def test_autocast(declared, active):
+    """Convolutions compute in the active dtype, as torch's do, the others in their tensors'; float64 stays."""
     device = torch.device("cpu")
-    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+    for dtype in core.DTYPES:
+        expected = active if declared.casts and dtype != torch.float64 else dtype
         function, tensors = declared.of(declared.sample(device, dtype))
         for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
             torch.compiler.reset()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=active):
                 result = call(*tensors)
             assert result.dtype == expected
             torch.testing.assert_close(result, function(*(t.to(expected) for t in tensors)), rtol=0, atol=0)
 
 
-def test_autocast_asks_for_the_active_dtype(monkeypatch):
-    """Where there are kernels for it."""
-    monkeypatch.setitem(_register.core.DTYPES, torch.bfloat16, 2)
-    x = torch.ones(1, dtype=torch.float32)
-    assert _register._autocast(torch.bfloat16, True, x).dtype == torch.bfloat16
-    assert _register._autocast(torch.bfloat16, False, x).dtype == torch.float32
-    assert _register._autocast(torch.float16, True, x).dtype == torch.float32
+@having(lambda d: d.casts)
+def test_gradients_come_back_through_autocast(declared):
+    """In the dtype of their tensors, as those of the tensors converted by hand."""
+    sample = declared.sample(torch.device("cpu"), torch.float32)
+    function, tensors = declared.of(sample)
+    leaves = [t.requires_grad_() for t in tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = function(*leaves)
+    expected = torch.autograd.grad(function(*(t.bfloat16() for t in leaves)).sum(), leaves)
+    same(torch.autograd.grad(result.sum(), leaves), expected)
 
 
 # ---------------------------------------------------------------- eager calls without gradients
@@ -388,11 +411,12 @@ def test_what_is_repeated():
 
 
 @SAMPLES
-def test_a_repeated_call_gives_the_same_bits(declared, number):
+@DTYPES
+def test_a_repeated_call_gives_the_same_bits(declared, number, dtype):
     """The first call is checked, the second repeated, and a fresh one checked: in no_grad and in inference mode."""
     recall = _repeated(declared)
     for layout in ("contiguous", "channels_last"):
-        sample = declared.samples()[number].on(torch.device("cpu"), torch.float32, layout)
+        sample = declared.samples()[number].on(torch.device("cpu"), dtype, layout)
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 first = sample.call(declared.call)
@@ -472,7 +496,8 @@ def test_repeated_for_equal_arguments_only(declared):
         assert longer.call(recall) is None
         longer.call(declared.call)
         assert longer.call(recall) is not None
-        assert longer.on(torch.device("cpu"), torch.float64).call(recall) is None
+        for dtype in set(core.DTYPES) - {torch.float32}:
+            assert longer.on(torch.device("cpu"), dtype).call(recall) is None
 
 
 @ALL

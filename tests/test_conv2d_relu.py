@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
+    DTYPES,
     Sample,
     agree_or_both_refuse,
     check_values,
@@ -39,7 +40,7 @@ def sample_inputs():
 SAMPLES = pytest.mark.parametrize("sample", sample_inputs(), ids=lambda s: f"{tuple(s.tensors[1].shape)} {s.options}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@DTYPES
 @SAMPLES
 def test_values_and_gradients(backend, sample, dtype):
     check_values(ops.conv2d_relu, reference.conv2d_relu, torchs, sample, backend.device, dtype)

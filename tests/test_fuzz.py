@@ -17,6 +17,7 @@ from oracles import LAYOUTS, NATIVE
 from torch import Tensor
 
 from simt.build import build
+from zfcuda import core
 
 INTEGERS = st.sampled_from([0, 1, 2, 3, 5, -1, -7, 255, 256, 257, 2**31, 2**40, 2**62, 2**63, -(2**63)])
 OTHERS = st.sampled_from([None, True, 1.0, float("nan"), "x", "", "same", "guided", "overwrite", b"1", [], (), {}])
@@ -35,7 +36,7 @@ def tensors(draw, like: Tensor | None):
             shape.pop(draw(st.integers(0, len(shape) - 1)))
         else:
             shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(0, 9))
-    dtypes = [torch.float32, torch.float64, torch.uint8, torch.int64, torch.float16, torch.bool, torch.complex64]
+    dtypes = [*core.DTYPES, torch.uint8, torch.int64, torch.bool, torch.complex64]
     dtype = draw(st.sampled_from(([] if like is None else [like.dtype] * 6) + dtypes))
     values = draw(st.sampled_from([0, 1, 3, -1, 2**40, float("nan"), float("inf")]))
     tensor = torch.full(shape, values, dtype=torch.float64).to(dtype)
@@ -50,7 +51,7 @@ def tensors(draw, like: Tensor | None):
 def calls(draw, declared):
     """Keyword arguments of a sample's call, one or two of them replaced."""
     sample = draw(st.sampled_from(declared.samples()))
-    placed = sample.on(torch.device("cpu"), torch.float32)
+    placed = sample.on(torch.device("cpu"), draw(st.sampled_from(list(core.DTYPES))))
     names = list(inspect.signature(declared.call).parameters)
     arguments = dict(zip(names, [None if t is None else t.detach() for t in placed.tensors], strict=False))
     arguments |= placed.options

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
+    DTYPES,
     Sample,
     check_values,
     for_all,
@@ -37,7 +38,7 @@ def check(sample, backend, dtype, layout="contiguous"):
     check_values(*values, sample, backend.device, dtype, layout)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@DTYPES
 @SAMPLES
 def test_values_and_gradient(backend, sample, dtype):
     check(sample, backend, dtype)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from oracles import (
+    DTYPES,
     LAYOUTS,
     NATIVE,
     Sample,
@@ -47,7 +48,7 @@ def sample_inputs():
 SAMPLES = pytest.mark.parametrize("sample", sample_inputs(), ids=lambda s: f"{tuple(s.tensors[0].shape)} {s.options}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@DTYPES
 @SAMPLES
 def test_values_and_gradient(backend, sample, dtype):
     check_values(ops.relu_max_pool2d, reference.relu_max_pool2d, torchs, sample, backend.device, dtype)

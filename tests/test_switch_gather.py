@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracles import (
+    DTYPES,
     LAYOUTS,
     NATIVE,
     Sample,
@@ -49,7 +50,7 @@ def sample_inputs():
 SAMPLES = pytest.mark.parametrize("sample", sample_inputs(), ids=lambda s: f"{tuple(s.tensors[0].shape)} {s.options}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@DTYPES
 @SAMPLES
 def test_values_and_gradient(backend, sample, dtype):
     check_values(ops.switch_gather, reference.switch_gather, torchs, sample, backend.device, dtype)

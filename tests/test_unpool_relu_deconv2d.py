@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from oracles import (
+    DTYPES,
     LAYOUTS,
     NATIVE,
     Sample,
@@ -91,7 +92,7 @@ def samples(numbers=normal):
 FUNCTIONS = ops.unpool_relu_deconv2d, reference.unpool_relu_deconv2d, torchs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@DTYPES
 @samples()
 def test_values_and_gradients(backend, sample, dtype):
     check_values(*FUNCTIONS, sample, backend.device, dtype)

@@ -15,7 +15,7 @@ std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec)
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Pass<T> pass = forward_pass<T>(s, nullptr);
-        bytes = kLine + sizeof(T) * (pass.packed_weight() +
+        bytes = kLine + sizeof(Sum<T>) * (pass.packed_weight() +
                                      pass_scratch<T>(pass.columns) * max_threads(exec));
     });
     return bytes;
@@ -27,7 +27,7 @@ void conv2d(const ConvShape& s, Dtype dtype, Gate gate, Address image, Address w
         using T = decltype(zero);
         const Pass<T> pass = forward_pass(s, weight.as<const T>());
         const Epilogue<T> epilogue{gate, bias.as<const T>(), forward.as<const T>(), maps.as<T>()};
-        T* packed = aligned<T>(workspace);
+        auto* packed = aligned<Sum<T>>(workspace);
         const Source<Gate::none, T> source{image.as<const T>(), nullptr};
         run_pass(pass, source, epilogue, packed, packed + pass.packed_weight(), exec);
     });

@@ -12,7 +12,8 @@
 // end; whenever a row of windows has its last row of the maps, it is pooled. The rows that the next
 // windows share stay in the ring, which has just enough for them and for the block to come, and
 // lies in the cache: the maps are neither written to memory nor read from it. The sums are those of
-// conv2d_relu.cpp, term by term, so that values and switches are the same bits. With more threads
+// conv2d_relu.cpp, term by term, and rounded like them, so that values and switches are the same
+// bits. With more threads
 // than images, an image is cut into bands, whose neighbours compute the rows between them twice.
 //
 // Measured (ZFNet, batch 8, float32, Zen 4, AVX-512, one thread, processor time, medians, calls of
@@ -48,9 +49,10 @@ struct Plan {
     std::int64_t ring() const { return ring_rows * s.out_width * pixel(); }
     // A row of results before it is turned into planes.
     std::int64_t line() const { return s.channels_last ? 0 : pool.out_width * widest; }
+    // Bytes of one thread: the product's, the ring, a row of results and one of switches.
     std::int64_t scratch() const {
-        const std::int64_t bytes = gemm::round_up(line(), kLine) / sizeof(T);
-        return pass_scratch<T>(pass.columns) + ring() + line() + bytes;
+        const std::int64_t product = pass_scratch<T>(pass.columns) * sizeof(Sum<T>);
+        return gemm::round_up(product + (ring() + line()) * sizeof(T) + line(), kLine);
     }
     // Rows of the maps before that of the last window in [0, oy] ends.
     std::int64_t needed(std::int64_t oy) const {
@@ -64,7 +66,8 @@ struct PoolBand {
     const Plan<T>& plan;
     std::int64_t n, group, column, columns;  // the block: columns of the group from `column` on
     std::int64_t first, last;                // pooled rows
-    T *tiles, *ring, *values;
+    Sum<T>* tiles;
+    T *ring, *values;
     std::uint8_t* bytes;
 
     std::int64_t channel() const { return group * plan.pass.columns + column; }
@@ -73,15 +76,15 @@ struct PoolBand {
     }
 
     // Adds the bias to a block of the product and stores it in the ring.
-    void keep(std::int64_t position, std::int64_t rows, const T* shift) const {
+    void keep(std::int64_t position, std::int64_t rows, const Sum<T>* shift) const {
         gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
             Cursor at(plan.pass.taps.rows, plan.pass.taps.columns, position);
             gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
-                const T* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
+                const Sum<T>* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
                 for (std::int64_t r = 0; r < std::min(height, rows - i); ++r, at.next()) {
                     T* const to = ring + row(at.y) + at.x * plan.pixel() + j;
                     for (std::int64_t c = 0; c < width; ++c)
-                        to[c] = tile[r * width + c] + shift[j + c];
+                        to[c] = T(tile[r * width + c] + shift[j + c]);
                 }
             });
         });
@@ -105,7 +108,7 @@ struct PoolBand {
     }
 
     template <typename Read>
-    void run(const Read& source, const T* packed, const T* bias, T* a, T* output,
+    void run(const Read& source, const Sum<T>* packed, const T* bias, Sum<T>* a, T* output,
              std::uint8_t* switches) const {
         const Pass<T>& pass = plan.pass;
         const std::int64_t height = plan.s.out_height, width = plan.s.out_width;
@@ -113,9 +116,9 @@ struct PoolBand {
         const std::int64_t top =
             std::max<std::int64_t>(0, first * plan.pool.stride_h - plan.pool.padding_h);
         const std::int64_t end = (n * height + plan.needed(last - 1)) * width;
-        T shift[kPassColumns<T>] = {};
+        Sum<T> shift[kPassColumns<T>] = {};
         if (bias) std::copy_n(bias + channel(), columns, shift);
-        Taps<T> taps = pass.taps;
+        Taps<Sum<T>> taps = pass.taps;
         taps.first_channel += group * taps.channels;
         std::int64_t oy = first;
         for (std::int64_t position = (n * height + top) * width; position < end;
@@ -138,8 +141,8 @@ std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShap
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Plan<T> plan(s, pool, nullptr, exec);
-        bytes =
-            kLine + sizeof(T) * (plan.pass.packed_weight() + plan.scratch() * max_threads(exec));
+        bytes = kLine + sizeof(Sum<T>) * plan.pass.packed_weight() +
+                plan.scratch() * max_threads(exec);
     });
     return bytes;
 }
@@ -150,17 +153,17 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Plan<T> plan(s, pool, weight.as<const T>(), exec);
-        T* const packed = aligned<T>(workspace);
-        T* const scratch = packed + plan.pass.packed_weight();
+        auto* const packed = aligned<Sum<T>>(workspace);
+        auto* const scratch = reinterpret_cast<char*>(packed + plan.pass.packed_weight());
         pack_weight(plan.pass, packed, exec);
         const Source<Gate::none, T> source{image.as<const T>(), nullptr};
         const std::int64_t units = s.batch * s.groups * plan.blocks * plan.bands;
         parallel_for_thread(units, exec, [&](std::int64_t unit, int thread) {
             const std::int64_t band = unit % plan.bands, part = unit / plan.bands;
             const std::int64_t column = part % plan.blocks * kPassColumns<T>;
-            T* const a = scratch + thread * plan.scratch();
-            T* const tiles = a + kPassRows * gemm::kRowStride;
-            T* const ring = a + pass_scratch<T>(plan.pass.columns);
+            auto* const a = reinterpret_cast<Sum<T>*>(scratch + thread * plan.scratch());
+            auto* const tiles = a + kPassRows * gemm::kRowStride;
+            auto* const ring = reinterpret_cast<T*>(a + pass_scratch<T>(plan.pass.columns));
             T* const values = ring + plan.ring();
             const PoolBand<T> work{plan,
                                    part / plan.blocks / s.groups,

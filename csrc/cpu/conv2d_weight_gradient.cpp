@@ -28,7 +28,7 @@ constexpr std::int64_t kGradScratch =
     gemm::kDepth * (kGradRows + kGradColumns<T>)+kGradRows * kGradColumns<T>;
 
 template <typename T>
-Taps<T> image_taps(const ConvShape& s, std::int64_t group) {
+Taps<Sum<T>> image_taps(const ConvShape& s, std::int64_t group) {
     const Axis rows =
         forward_axis(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
     const Axis columns =
@@ -72,16 +72,16 @@ void pack_image(const Taps<T>& taps, const Read& source, Cursor at, std::int64_t
 }
 
 template <typename T>
-void store_gradient(const ConvShape& s, const T* tiles, std::int64_t channel, std::int64_t rows,
+void store_gradient(const ConvShape& s, const Sum<T>* tiles, std::int64_t channel, std::int64_t rows,
                     std::int64_t column, std::int64_t columns, T* grad_weight, T* grad_bias) {
     const std::int64_t channels = s.in_per_group(), size = channels * s.taps();
     gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
         gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
-            const T* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
+            const Sum<T>* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
             for (std::int64_t r = 0; r < std::min(height, rows - i); ++r)
                 for (std::int64_t c = 0; c < std::min(width, columns - j); ++c) {
                     const std::int64_t k = column + j + c, o = channel + i + r;
-                    const T value = tile[r * width + c];
+                    const T value = T(tile[r * width + c]);
                     if (k == size)
                         grad_bias[o] = value;
                     else
@@ -94,7 +94,7 @@ void store_gradient(const ConvShape& s, const T* tiles, std::int64_t channel, st
 
 template <typename T, typename Read>
 void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_weight, T* grad_bias,
-              T* scratch, const Exec& exec) {
+              Sum<T>* scratch, const Exec& exec) {
     const Source<Gate::none, T> source{image, nullptr};
     const std::int64_t size = s.in_per_group() * s.taps() + (grad_bias ? 1 : 0);
     const std::int64_t row_blocks = gemm::divide_up(s.out_per_group(), kGradRows);
@@ -108,10 +108,10 @@ void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_we
         const std::int64_t rows = std::min(kGradRows, s.out_per_group() - row);
         const std::int64_t columns = std::min(block, size - column);
         const std::int64_t channel = group * s.out_per_group() + row;
-        T* a = scratch + thread * kGradScratch<T>;
-        T* b = a + gemm::kDepth * kGradRows;
-        T* tiles = b + gemm::kDepth * kGradColumns<T>;
-        const Taps<T> taps = image_taps<T>(s, group);
+        auto* a = scratch + thread * kGradScratch<T>;
+        auto* b = a + gemm::kDepth * kGradRows;
+        auto* tiles = b + gemm::kDepth * kGradColumns<T>;
+        const auto taps = image_taps<T>(s, group);
         const std::int64_t pixels = taps.positions(s.batch);
         std::int64_t k = 0;
         do {
@@ -126,7 +126,7 @@ void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_we
                                 s.maps().step_channel(), a);
                 pack_image(taps, source, at, column, columns, length, b);
             }
-            gemm::multiply<T, gemm::Rows::k_major>(a, b, rows, columns, length, tiles, k > 0);
+            gemm::multiply<Sum<T>, gemm::Rows::k_major>(a, b, rows, columns, length, tiles, k > 0);
             k += length;
         } while (k < pixels);
         store_gradient(s, tiles, channel, rows, column, columns, grad_weight, grad_bias);
@@ -139,7 +139,7 @@ std::int64_t conv2d_weight_gradient_workspace(const ConvShape&, Dtype dtype, con
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        bytes = kLine + sizeof(T) * kGradScratch<T> * max_threads(exec);
+        bytes = kLine + sizeof(Sum<T>) * kGradScratch<T> * max_threads(exec);
     });
     return bytes;
 }
@@ -151,7 +151,7 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
         using T = decltype(zero);
         with_source<T>(gate, signal, forward, [&](const auto& source) {
             gradient(s, image.as<const T>(), source, grad_weight.as<T>(), grad_bias.as<T>(),
-                     aligned<T>(workspace), exec);
+                     aligned<Sum<T>>(workspace), exec);
         });
     });
 }

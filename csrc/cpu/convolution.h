@@ -9,10 +9,11 @@
 
 namespace zfcuda {
 
-// One pass: dest = taps of source x weight.
+// One pass: dest = taps of source x weight. T is what the tensors hold; everything that is packed,
+// and the tiles, are Sum<T>.
 template <typename T>
 struct Pass {
-    Taps<T> taps;  // of group 0
+    Taps<Sum<T>> taps;  // of group 0
     Layout dest;
     std::int64_t batch, groups;
     std::int64_t columns;  // output channels of a group
@@ -83,11 +84,11 @@ struct Epilogue {
     const T* forward;
     T* dest;
 
-    void operator()(std::int64_t offset, std::int64_t channel, T value) const {
+    void operator()(std::int64_t offset, std::int64_t channel, Sum<T> value) const {
         if (bias) value += bias[channel];
-        if (gate == Gate::deconvnet) value = value <= 0 ? T(0) : value;
-        if (gate == Gate::backprop) value = forward[offset] <= 0 ? T(0) : value;
-        dest[offset] = value;
+        if (gate == Gate::deconvnet) value = value <= 0 ? Sum<T>(0) : value;
+        if (gate == Gate::backprop) value = forward[offset] <= 0 ? Sum<T>(0) : value;
+        dest[offset] = T(value);
     }
 };
 
@@ -104,7 +105,7 @@ constexpr std::int64_t pass_scratch(std::int64_t columns) {
 
 // The packed weight: for each group, for each block of depth, the panels of columns, k-major.
 template <typename T>
-void pack_weight(const Pass<T>& pass, T* packed, const Exec& exec) {
+void pack_weight(const Pass<T>& pass, Sum<T>* packed, const Exec& exec) {
     const std::int64_t depth = pass.depth(), panel = gemm::kColumns<T>;
     const std::int64_t padded = gemm::padded_columns<T>(pass.columns);
     const std::int64_t panels = gemm::divide_up(padded, panel);
@@ -120,7 +121,7 @@ void pack_weight(const Pass<T>& pass, T* packed, const Exec& exec) {
                 for (std::int64_t c = 0; c < pass.taps.channels; ++c, ++k) {
                     const std::int64_t block = k / gemm::kDepth * gemm::kDepth;
                     const std::int64_t length = std::min(gemm::kDepth, depth - block);
-                    T* dest = packed + (group * depth + block) * padded + first * length +
+                    Sum<T>* dest = packed + (group * depth + block) * padded + first * length +
                               (k - block) * width;
                     const T* from = weight + c * pass.weight_channel +
                                     rows.kernel(ty) * pass.kernel_w + columns.kernel(tx);
@@ -131,14 +132,14 @@ void pack_weight(const Pass<T>& pass, T* packed, const Exec& exec) {
 }
 
 template <typename T>
-void store_tiles(const Pass<T>& pass, const Epilogue<T>& epilogue, const T* tiles,
+void store_tiles(const Pass<T>& pass, const Epilogue<T>& epilogue, const Sum<T>* tiles,
                  std::int64_t position, std::int64_t rows, std::int64_t channel,
                  std::int64_t columns) {
     gemm::for_column_panels<T>(columns, [&](std::int64_t j, std::int64_t width) {
         Cursor at(pass.taps.rows, pass.taps.columns, position);
         const std::int64_t used = std::min(width, columns - j);
         gemm::for_row_panels(rows, [&](std::int64_t i, std::int64_t height) {
-            const T* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
+            const Sum<T>* tile = tiles + gemm::tile_offset<T>(rows, i, j, width);
             for (std::int64_t r = 0; r < std::min(height, rows - i); ++r, at.next()) {
                 const std::int64_t offset = pass.dest.offset(
                     at.n, channel + j, pass.taps.rows.dest(at.y), pass.taps.columns.dest(at.x));
@@ -172,12 +173,12 @@ void multiply_block(const Taps<T>& taps, const Read& source, std::int64_t positi
 // One block of a pass: positions from `position` on, columns from `column` on of one group, whose
 // taps and weight these are; `a` is the thread's scratch.
 template <typename T, typename Read>
-void run_block(const Pass<T>& pass, const Taps<T>& taps, const Read& source,
-               const Epilogue<T>& epilogue, const T* packed, std::int64_t group,
-               std::int64_t position, std::int64_t end, std::int64_t column, T* a) {
+void run_block(const Pass<T>& pass, const Taps<Sum<T>>& taps, const Read& source,
+               const Epilogue<T>& epilogue, const Sum<T>* packed, std::int64_t group,
+               std::int64_t position, std::int64_t end, std::int64_t column, Sum<T>* a) {
     const std::int64_t rows = std::min(kPassRows, end - position);
     const std::int64_t columns = std::min(kPassColumns<T>, pass.columns - column);
-    T* const tiles = a + kPassRows * gemm::kRowStride;
+    Sum<T>* const tiles = a + kPassRows * gemm::kRowStride;
     multiply_block(taps, source, position, rows, packed, gemm::padded_columns<T>(pass.columns),
                    columns, a, tiles, column);
     store_tiles(pass, epilogue, tiles, position, rows, group * pass.columns + column, columns);
@@ -185,8 +186,8 @@ void run_block(const Pass<T>& pass, const Taps<T>& taps, const Read& source,
 
 // Runs a pass; `packed` has room for pass.packed_weight(), `scratch` for pass_scratch() a thread.
 template <typename T, typename Read>
-void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilogue, T* packed,
-              T* scratch, const Exec& exec) {
+void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilogue, Sum<T>* packed,
+              Sum<T>* scratch, const Exec& exec) {
     pack_weight(pass, packed, exec);
     const std::int64_t positions = pass.taps.positions(pass.batch), depth = pass.depth();
     const std::int64_t row_blocks = gemm::divide_up(positions, kPassRows);
@@ -197,7 +198,7 @@ void run_pass(const Pass<T>& pass, const Read& source, const Epilogue<T>& epilog
             const std::int64_t column = unit % column_blocks * kPassColumns<T>;
             const std::int64_t group = unit / column_blocks % pass.groups;
             const std::int64_t position = unit / column_blocks / pass.groups * kPassRows;
-            Taps<T> taps = pass.taps;
+            Taps<Sum<T>> taps = pass.taps;
             taps.first_channel += group * taps.channels;
             run_block(pass, taps, source, epilogue, packed + group * depth * padded, group,
                       position, positions, column,

@@ -22,7 +22,7 @@ std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exe
         using T = decltype(zero);
         if (scatters<T>(s)) {
             const std::int64_t packed = scatter_pass<T>(s, nullptr).packed_weight();
-            bytes = kLine + sizeof(T) * (packed + scatter_scratch<T>(s) * max_threads(exec));
+            bytes = kLine + sizeof(Sum<T>) * (packed + scatter_scratch<T>(s) * max_threads(exec));
             return;
         }
         std::int64_t packed = 0;
@@ -30,7 +30,7 @@ std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exe
             packed = std::max(packed, pass.packed_weight());
         });
         bytes =
-            kLine + sizeof(T) * (packed + pass_scratch<T>(s.in_per_group()) * max_threads(exec));
+            kLine + sizeof(Sum<T>) * (packed + pass_scratch<T>(s.in_per_group()) * max_threads(exec));
     });
     return bytes;
 }
@@ -39,13 +39,13 @@ void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Addres
               Address weight, Address bias, Address image, Address workspace, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        T* scratch = aligned<T>(workspace);
+        auto* scratch = aligned<Sum<T>>(workspace);
         if (scatters<T>(s)) {
             const Pass<T> pass = scatter_pass(s, weight.as<const T>());
-            T* packed = scratch + scatter_scratch<T>(s) * max_threads(exec);
+            auto* packed = scratch + scatter_scratch<T>(s) * max_threads(exec);
             with_source<T>(gate, signal, forward, [&](const auto& source) {
                 const auto fill = [&](const Band<T>& band, std::int64_t n, std::int64_t group,
-                                      T* own) {
+                                      Sum<T>* own) {
                     fill_band(band, pass, source, packed, n, group, own);
                 };
                 run_scatter(s, pass, bias.as<const T>(), image.as<T>(), packed, scratch,
@@ -54,7 +54,7 @@ void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Addres
             return;
         }
         const Epilogue<T> epilogue{Gate::none, bias.as<const T>(), nullptr, image.as<T>()};
-        T* packed = scratch + pass_scratch<T>(s.in_per_group()) * max_threads(exec);
+        auto* packed = scratch + pass_scratch<T>(s.in_per_group()) * max_threads(exec);
         with_source<T>(gate, signal, forward, [&](const auto& source) {
             for_phases(s, weight.as<const T>(), [&](const Pass<T>& pass) {
                 run_pass(pass, source, epilogue, packed, scratch, exec);

@@ -30,7 +30,7 @@ constexpr std::int64_t kDepth = 256, kRowStride = kDepth + 16;
 constexpr int kRowStep = kRows / 3;
 
 template <typename T>
-constexpr int kVector = kVectorBytes / sizeof(T);
+constexpr int kVector = kVectorBytes / sizeof(Sum<T>);
 template <typename T>
 constexpr int kColumns = 2 * kVector<T>;
 

@@ -1,9 +1,9 @@
 // Halves as the CPU stores them: float16 (5 bits of exponent, 10 of fraction) and bfloat16 (8, 7).
 //
 // They are only stored: a half widens to a float exactly, and a float is rounded to a half, to
-// nearest, ties to even; NaN stays NaN. Without branches and without subnormal floats, so that
-// loops over them become vectors on every instruction-set level and the processor's mode of
-// flushing subnormal floats to zero changes nothing.
+// nearest, ties to even; NaN stays NaN. Without branches, so that the same lines serve single
+// numbers, loops that become vectors, and GCC's vector types; and without subnormal floats, so that
+// the processor's mode of flushing those to zero changes nothing.
 #pragma once
 
 #include <cstdint>
@@ -11,52 +11,69 @@
 
 namespace zfcuda {
 
-inline std::uint32_t bits_of(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-inline float float_of(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
+template <typename To, typename From>
+inline To bits_as(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
 
-struct Bfloat16 {
-    std::uint16_t bits;
-
-    Bfloat16() = default;
-    explicit Bfloat16(float value) {
-        const std::uint32_t all = bits_of(value);
-        const std::uint32_t rounded = (all + 0x7fff + (all >> 16 & 1)) >> 16;
-        bits = static_cast<std::uint16_t>(value == value ? rounded : all >> 16 | 0x40);
+// The arithmetic of each format, on the bits of floats (`Word`) and on halves in as wide integers:
+// std::uint32_t, or vectors of it.
+struct Bfloat16Format {
+    template <typename Real, typename Word>
+    static Real widen(const Word& half) {
+        return bits_as<Real>(Word(half << 16));
     }
-    operator float() const { return float_of(std::uint32_t(bits) << 16); }
+    template <typename Real, typename Word>
+    static Word narrow(const Real& value) {
+        const Word all = bits_as<Word>(value), size = all & 0x7fffffffu;
+        const Word rounded = (all + 0x7fffu + (all >> 16 & 1u)) >> 16;
+        return size <= 0x7f800000u ? rounded : (all >> 16 | 0x40u);
+    }
 };
 
-struct Float16 {
-    std::uint16_t bits;
-
-    Float16() = default;
-    explicit Float16(float value) {
-        const std::uint32_t sign = bits_of(value) & 0x80000000u, size = bits_of(value) ^ sign;
+struct Float16Format {
+    template <typename Real, typename Word>
+    static Real widen(const Word& half) {
+        const Word sign = (half & 0x8000u) << 16, size = half & 0x7fffu;
+        const Word normal = (size << 13) + (112u << 23);
+        // A subnormal half is the fraction of a float above 2^-14.
+        const Real one = bits_as<Real>(Word(Word{} + (113u << 23)));
+        const Real subnormal = bits_as<Real>(Word((size << 13) + (113u << 23))) - one;
+        const Word finite = size < 0x400u ? bits_as<Word>(subnormal) : normal;
+        const Word wide = size < 0x7c00u ? finite : (size << 13 | 0x7f800000u);  // infinity, NaN
+        return bits_as<Real>(Word(wide | sign));
+    }
+    template <typename Real, typename Word>
+    static Word narrow(const Real& value) {
+        const Word sign = bits_as<Word>(value) & 0x80000000u, size = bits_as<Word>(value) ^ sign;
         // From 2^-14 on the exponent moves by 112 and 13 bits of the fraction go.
-        const std::uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+        const Word normal = (size - (112u << 23) + 0xfffu + (size >> 13 & 1u)) >> 13;
         // Below, adding 0.5 shifts the fraction to where a subnormal half has it, and rounds it.
-        const std::uint32_t subnormal = bits_of(float_of(size) + 0.5f) - bits_of(0.5f);
-        const std::uint32_t large = size > 0x7f800000u ? 0x7e00 : 0x7c00;  // NaN, infinity
-        std::uint32_t half = size < 113u << 23 ? subnormal : normal;
-        half = size < 143u << 23 ? half : large;
-        bits = static_cast<std::uint16_t>(half | sign >> 16);
-    }
-    operator float() const {
-        const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, size = bits & 0x7fff;
-        const std::uint32_t normal = (size << 13) + (112u << 23);
-        const float subnormal = float_of((size << 13) + (113u << 23)) - float_of(113u << 23);
-        std::uint32_t wide = size < 0x400 ? bits_of(subnormal) : normal;
-        wide = size < 0x7c00 ? wide : size << 13 | 0x7f800000u;  // infinity, NaN
-        return float_of(wide | sign);
+        const Word half = Word{} + (126u << 23);
+        const Word subnormal =
+            bits_as<Word>(Real(bits_as<Real>(size) + bits_as<Real>(half))) - half;
+        const Word finite = size < (113u << 23) ? subnormal : normal;
+        const Word nan = size > 0x7f800000u ? Word{} + 0x7e00u : Word{} + 0x7c00u;  // or infinity
+        const Word all = size < (143u << 23) ? finite : nan;
+        return all | sign >> 16;
     }
 };
+
+// A half in memory: converts to a float, and from one if asked.
+template <typename Kind>
+struct Half {
+    using Format = Kind;
+    std::uint16_t bits;
+
+    Half() = default;
+    explicit Half(float value)
+        : bits(static_cast<std::uint16_t>(Format::template narrow<float, std::uint32_t>(value))) {}
+    operator float() const { return Format::template widen<float>(std::uint32_t(bits)); }
+};
+using Float16 = Half<Float16Format>;
+using Bfloat16 = Half<Bfloat16Format>;
 
 }  // namespace zfcuda

@@ -9,6 +9,9 @@
 #include <immintrin.h>
 #endif
 
+#include "../ops.h"
+#include "half.h"
+
 namespace zfcuda {
 
 #if defined(__AVX512F__)
@@ -22,7 +25,7 @@ constexpr int kVectorBytes = 16;
 // Half vectors, where these exist: the 21 values of a kernel row of conv1 are a vector and a half.
 constexpr int kHalves = kVectorBytes > 16 ? 2 : 1;  // parts of a vector
 template <typename T>
-constexpr std::int64_t kUnit = kVectorBytes / kHalves / sizeof(T);
+constexpr std::int64_t kUnit = kVectorBytes / kHalves / sizeof(Sum<T>);
 
 // A vector of so many bytes anywhere in memory.
 template <typename T, int bytes>
@@ -157,6 +160,70 @@ struct Lanes {
             std::memcpy(to, from, size);
         else
             std::memcpy(to, from, size / count * lanes);
+    }
+};
+
+// Halves in memory: lanes of floats.
+template <typename Format>
+struct Lanes<Half<Format>> : Lanes<float> {
+    typedef std::uint32_t Word __attribute__((vector_size(kVectorBytes)));  // as wide as a float
+    typedef std::uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
+
+    static Value load(const Half<Format>* from, std::int64_t lanes) {
+        return widen(load_bits(from, lanes));
+    }
+    static Value load_or(const Half<Format>* from, std::int64_t lanes, float other) {
+        const Value value = load(from, lanes);
+        if (lanes == count) return value;
+        Integer lane;
+        for (int i = 0; i < count; ++i) lane[i] = i;
+        return lane < static_cast<Int>(lanes) ? value : Value{} + other;
+    }
+    static void store(Half<Format>* to, const Value& value, std::int64_t lanes) {
+        const Bits bits = narrow(value);
+#if defined(__AVX512BW__)
+        if (lanes != count)
+            return _mm256_mask_storeu_epi16(to, __mmask16((1u << lanes) - 1), (__m256i)bits);
+#endif
+        std::memcpy(to, &bits, sizeof(to->bits) * lanes);
+    }
+    static Value add_where(const Value& sum, const Half<Format>* values, const std::uint8_t* bytes,
+                           Int wanted, std::int64_t lanes) {
+        return load_bytes(bytes, lanes) == wanted ? sum + load(values, lanes) : sum;
+    }
+
+  private:
+    static Bits load_bits(const Half<Format>* from, std::int64_t lanes) {
+        Bits bits{};
+#if defined(__AVX512BW__)
+        if (lanes != count)
+            return (Bits)_mm256_maskz_loadu_epi16(__mmask16((1u << lanes) - 1), from);
+#endif
+        if (lanes == count)
+            std::memcpy(&bits, from, sizeof bits);
+        else
+            std::memcpy(&bits, from, sizeof(from->bits) * lanes);
+        return bits;
+    }
+    static Value widen(const Bits& bits) {
+#if defined(__AVX512F__)
+        if constexpr (std::is_same_v<Format, Float16Format>)
+            return (Value)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+#elif defined(__F16C__)
+        if constexpr (std::is_same_v<Format, Float16Format>)
+            return (Value)_mm256_cvtph_ps((__m128i)bits);
+#endif
+        return Format::template widen<Value>(__builtin_convertvector(bits, Word));
+    }
+    static Bits narrow(const Value& value) {
+#if defined(__AVX512F__)
+        if constexpr (std::is_same_v<Format, Float16Format>)
+            return (Bits)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+        if constexpr (std::is_same_v<Format, Float16Format>)
+            return (Bits)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#endif
+        return __builtin_convertvector(Format::template narrow<Value, Word>(value), Bits);
     }
 };
 

@@ -34,8 +34,9 @@ struct Range {
 
 template <typename T>
 struct Norm {
+    using V = Sum<T>;
     NormShape s;
-    T scale, beta, k;
+    V scale, beta, k;
     const T* x;
 
     // The channels that a block of lanes spans from channel c on, of those before `end`.
@@ -50,21 +51,24 @@ struct Norm {
     }
 
     // d of the block at channel c, storage index `at`.
-    void denominators(std::int64_t at, std::int64_t c, std::int64_t lanes, T* d) const {
-        std::fill_n(d, lanes, T(0));
+    void denominators(std::int64_t at, std::int64_t c, std::int64_t lanes, V* d) const {
+        std::fill_n(d, lanes, V(0));
         for (std::int64_t o = -(s.size / 2); o <= (s.size - 1) / 2; ++o) {
             const Range inside = lanes_inside(c + o, 0, s.channels, lanes);
             const T* source = x + at + o * s.layout().step_channel();
-            for (std::int64_t i = inside.first; i < inside.last; ++i) d[i] += source[i] * source[i];
+            for (std::int64_t i = inside.first; i < inside.last; ++i) {
+                const V value = source[i];
+                d[i] += value * value;
+            }
         }
         for (std::int64_t i = 0; i < lanes; ++i) d[i] = k + scale * d[i];
     }
 
     // d^-beta of a block.
-    void powers(const T* d, std::int64_t lanes, T* power) const {
-        if (beta == T(0.75))
+    void powers(const V* d, std::int64_t lanes, V* power) const {
+        if (beta == V(0.75))
             for (std::int64_t i = 0; i < lanes; ++i) {
-                const T root = std::sqrt(d[i]);
+                const V root = std::sqrt(d[i]);
                 power[i] = 1 / (root * std::sqrt(root));
             }
         else
@@ -73,13 +77,13 @@ struct Norm {
 
     // The normalised values of `lanes` pixels (one in channels_last), channel 0 at `base`.
     void forward(std::int64_t base, std::int64_t lanes, T* y) const {
-        T d[kLanes], power[kLanes];
+        V d[kLanes], power[kLanes];
         for (std::int64_t c = 0; c < s.channels; c += channels(c, s.channels)) {
             const std::int64_t at = base + c * s.layout().step_channel();
             const std::int64_t block = s.channels_last ? channels(c, s.channels) : lanes;
             denominators(at, c, block, d);
             powers(d, block, power);
-            for (std::int64_t i = 0; i < block; ++i) y[at + i] = x[at + i] * power[i];
+            for (std::int64_t i = 0; i < block; ++i) y[at + i] = T(x[at + i] * power[i]);
         }
     }
 
@@ -88,20 +92,20 @@ struct Norm {
     void backward(std::int64_t base, std::int64_t lanes, const T* g, T* grad) const {
         const std::int64_t step = s.layout().step_channel();
         const std::int64_t sum_step = s.channels_last ? 1 : kLanes, run = kSums / sum_step;
-        T d[kLanes], term[kLanes], sums[kSums];
+        V d[kLanes], term[kLanes], own[kSums], sums[kSums];
         for (std::int64_t begin = 0; begin < s.channels; begin += run) {
             const std::int64_t end = std::min(begin + run, s.channels);
             const std::int64_t last = std::min(end + s.size / 2, s.channels);
-            std::fill_n(sums, (end - begin) * sum_step, T(0));
+            std::fill_n(sums, (end - begin) * sum_step, V(0));
             std::int64_t c = std::max<std::int64_t>(begin - (s.size - 1) / 2, 0);
             for (std::int64_t next; c < last; c = next) {
                 next = c + channels(c, last);
                 const std::int64_t block = s.channels_last ? next - c : lanes, at = base + c * step;
                 denominators(at, c, block, d);
                 powers(d, block, term);
-                const Range own = lanes_inside(c, begin, end, block);
-                for (std::int64_t i = own.first; i < own.last; ++i)
-                    grad[at + i] = g[at + i] * term[i];
+                const Range inside = lanes_inside(c, begin, end, block);
+                for (std::int64_t i = inside.first; i < inside.last; ++i)
+                    own[(c - begin) * sum_step + i] = g[at + i] * term[i];
                 for (std::int64_t i = 0; i < block; ++i) term[i] *= g[at + i] * x[at + i] / d[i];
                 for (std::int64_t o = -(s.size / 2); o <= (s.size - 1) / 2; ++o) {
                     const Range reached = lanes_inside(c + o, begin, end, block);
@@ -110,12 +114,12 @@ struct Norm {
                         sums[sum + i] += term[i];
                 }
             }
-            const T factor = 2 * scale * beta;
+            const V factor = 2 * scale * beta;
             for (c = begin; c < end; c += channels(c, end)) {
                 const std::int64_t block = s.channels_last ? channels(c, end) : lanes;
                 const std::int64_t at = base + c * step, sum = (c - begin) * sum_step;
                 for (std::int64_t i = 0; i < block; ++i)
-                    grad[at + i] -= factor * x[at + i] * sums[sum + i];
+                    grad[at + i] = T(own[sum + i] - factor * x[at + i] * sums[sum + i]);
             }
         }
     }
@@ -141,7 +145,7 @@ void local_response_norm(const NormShape& s, Dtype dtype, double alpha, double b
                          Address input, Address output, const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Norm<T> norm{s, T(alpha / s.size), T(beta), T(k), input.as<const T>()};
+        const Norm<T> norm{s, Sum<T>(alpha / s.size), Sum<T>(beta), Sum<T>(k), input.as<const T>()};
         for_pixels(s, exec, [&](std::int64_t base, std::int64_t lanes) {
             norm.forward(base, lanes, output.as<T>());
         });
@@ -153,7 +157,7 @@ void local_response_norm_gradient(const NormShape& s, Dtype dtype, double alpha,
                                   const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Norm<T> norm{s, T(alpha / s.size), T(beta), T(k), input.as<const T>()};
+        const Norm<T> norm{s, Sum<T>(alpha / s.size), Sum<T>(beta), Sum<T>(k), input.as<const T>()};
         for_pixels(s, exec, [&](std::int64_t base, std::int64_t lanes) {
             norm.backward(base, lanes, grad_output.as<const T>(), grad_input.as<T>());
         });

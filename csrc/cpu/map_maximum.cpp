@@ -26,7 +26,7 @@ namespace {
 template <typename T>
 struct Best {
     using V = Lanes<T>;
-    typename V::Value value = typename V::Value{} - std::numeric_limits<T>::infinity();
+    typename V::Value value = typename V::Value{} - std::numeric_limits<Sum<T>>::infinity();
     typename V::Integer position{};
 
     // NaN is never taken.
@@ -72,7 +72,8 @@ struct Maximum {
 
     // Absent lanes lose against everything.
     typename V::Value load(const T* from, std::int64_t lanes) const {
-        const typename V::Value absent = typename V::Value{} + std::numeric_limits<T>::quiet_NaN();
+        const typename V::Value absent =
+            typename V::Value{} + std::numeric_limits<Sum<T>>::quiet_NaN();
         const typename V::Value value = V::load(from, lanes);
         return lanes == V::count ? value : lane < static_cast<Int>(lanes) ? value : absent;
     }
@@ -117,7 +118,7 @@ struct Maximum {
             });
         for (int v = 0; v < vectors; ++v)
             for (std::int64_t i = 0; i < lanes(v); ++i) {
-                values[n * s.channels + c + v * V::count + i] = best[v].value[i];
+                values[n * s.channels + c + v * V::count + i] = T(best[v].value[i]);
                 positions[n * s.channels + c + v * V::count + i] = best[v].position[i];
             }
     }
@@ -135,14 +136,13 @@ struct Maximum {
                 offer_input(best, s.input().offset(n, c, y, x), at, 1,
                             std::min<std::int64_t>(V::count, s.in_width - x));
             });
-        *value = best.value[0];
-        *position = best.position[0];
+        int first = 0;
         for (int i = 1; i < V::count; ++i)
-            if (best.value[i] > *value ||
-                (best.value[i] == *value && best.position[i] < *position)) {
-                *value = best.value[i];
-                *position = best.position[i];
-            }
+            if (best.value[i] > best.value[first] || (best.value[i] == best.value[first] &&
+                                                      best.position[i] < best.position[first]))
+                first = i;
+        *value = T(best.value[first]);
+        *position = best.position[first];
     }
 };
 

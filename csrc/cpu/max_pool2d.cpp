@@ -32,7 +32,7 @@ namespace {
 template <typename T, typename Step>
 typename Lanes<T>::Value load_columns(const T* row, std::int64_t x, Step step, std::int64_t width) {
     using V = Lanes<T>;
-    constexpr T outside = -std::numeric_limits<T>::infinity();
+    constexpr Sum<T> outside = least<T>(false);
     const auto part = [&](std::int64_t from) {
         const std::int64_t there = std::clamp<std::int64_t>(width - from, 0, V::count);
         return V::load_or(row + from, there, outside);
@@ -44,7 +44,7 @@ typename Lanes<T>::Value load_columns(const T* row, std::int64_t x, Step step, s
     typename V::Value value;
     for (int lane = 0; lane < V::count; ++lane) {
         const std::int64_t at = x + lane * step;
-        value[lane] = at >= 0 && at < width ? row[at] : outside;
+        value[lane] = at >= 0 && at < width ? Sum<T>(row[at]) : outside;
     }
     return value;
 }
@@ -55,7 +55,7 @@ struct PlanePool {
     using V = Lanes<T>;
     const PoolShape& s;
     const T* input;
-    T start;
+    Sum<T> start;
     Step step;
 
     // The windows ox, ox + 1, … of row oy.

@@ -75,6 +75,29 @@ void scatter_plane(const PoolShape& s, bool overwrite, const Distances& distance
         });
 }
 
+// The same of halves, part after part as floats: a sum is rounded once.
+template <typename T>
+void scatter_parts(const PoolShape& s, bool overwrite, const Distances& distances,
+                   std::int64_t plane, const T* pooled, const std::uint8_t* switches, T* unpooled) {
+    constexpr std::int64_t kPart = 4096;
+    const std::int64_t n = plane / s.channels, c = plane % s.channels;
+    const std::int64_t start = s.input().offset(n, c, 0, 0), size = s.in_height * s.in_width;
+    Sum<T> sums[kPart];
+    for (std::int64_t begin = 0; begin < size; begin += kPart) {
+        const std::int64_t count = std::min(kPart, size - begin);
+        const WindowRows rows(s, begin / s.in_width, (begin + count - 1) / s.in_width + 1);
+        std::fill_n(sums, count, Sum<T>(0));
+        for (std::int64_t oy = rows.first; oy < rows.last; ++oy)
+            for_row(s, n, c, oy, [&](std::int64_t window, std::int64_t corner) {
+                const std::int64_t at =
+                    corner + distances.to[switches[window]] - start - begin;
+                if (at < 0 || at >= count) return;
+                sums[at] = overwrite ? Sum<T>(pooled[window]) : sums[at] + pooled[window];
+            });
+        for (std::int64_t i = 0; i < count; ++i) unpooled[start + begin + i] = T(sums[i]);
+    }
+}
+
 // Whether a later window points to the position of the window `here`, (oy, ox).
 bool overwritten(const PoolShape& s, std::int64_t n, std::int64_t c, std::int64_t oy,
                  std::int64_t ox, std::int64_t here, const std::uint8_t* switches) {
@@ -182,11 +205,15 @@ void max_unpool2d(const PoolShape& s, Dtype dtype, bool overwrite, Address poole
                 const std::int64_t n = row / s.in_height, y = row % s.in_height;
                 T* const to = unpooled.as<T>() + s.input().offset(n, 0, y, 0);
                 const Unpool<T> unpool{s, Gate::none, overwrite, values, taps, nullptr};
-                unpool.rows(n, 0, s.channels, y, y + 1, to);
+                unpool.gather(n, 0, s.channels, y, y + 1, to);
             });
         const Distances distances(s);
         parallel_for(s.batch * s.channels, exec, [&](std::int64_t plane) {
-            scatter_plane(s, overwrite, distances, plane, values, taps, unpooled.as<T>());
+            T* const to = unpooled.as<T>();
+            if constexpr (std::is_same_v<T, Sum<T>>)
+                scatter_plane(s, overwrite, distances, plane, values, taps, to);
+            else
+                scatter_parts(s, overwrite, distances, plane, values, taps, to);
         });
     });
 }
@@ -209,7 +236,7 @@ void switch_gather(const PoolShape& s, Dtype dtype, bool overwrite, Address unpo
                 const std::int64_t first = s.output().offset(n, c, oy, 0);
                 for (std::int64_t i = 0; overwrite && i < s.out_width * lanes; ++i)
                     if (overwritten(s, n, c + i % lanes, oy, i / lanes, first + i, taps))
-                        to[first + i] = 0;
+                        to[first + i] = T(0);
             });
         });
     });

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <stdexcept>
 
 #include "../ops.h"
 #include "half.h"
@@ -64,8 +63,10 @@ void with_dtype(Dtype dtype, Body&& body) {
             return body(float{});
         case Dtype::float64:
             return body(double{});
-        default:
-            throw std::runtime_error("zfcuda: no kernels for halves yet");
+        case Dtype::float16:
+            return body(Float16{});
+        case Dtype::bfloat16:
+            return body(Bfloat16{});
     }
 }
 

@@ -42,8 +42,8 @@ constexpr std::int64_t kCached = 1 << 20;
 
 // What a maximum starts from.
 template <typename T>
-constexpr T least(bool relu) {
-    return relu ? T(0) : -std::numeric_limits<T>::infinity();
+constexpr Sum<T> least(bool relu) {
+    return relu ? Sum<T>(0) : -std::numeric_limits<Sum<T>>::infinity();
 }
 
 // The running maximum of each lane, and its tap.
@@ -73,8 +73,8 @@ struct TapList {
 
 // `vectors` vectors of channels of one window, or the first `lanes` lanes of one.
 template <int vectors, bool nans, typename T>
-void pool_channels(const T* corner, const TapList& taps, T start, std::int64_t lanes, T* output,
-                   std::uint8_t* switches) {
+void pool_channels(const T* corner, const TapList& taps, Sum<T> start, std::int64_t lanes,
+                   T* output, std::uint8_t* switches) {
     using V = Lanes<T>;
     Best<T> best[vectors];
     for (int v = 0; v < vectors; ++v) {
@@ -130,7 +130,7 @@ void for_windows_of_row(const PoolShape& s, std::int64_t oy, const T* input, Row
 // window to window.
 template <typename T, typename Row>
 void pool_row(const PoolShape& s, std::int64_t oy, const T* input, Row&& row, std::int64_t in_step,
-              std::int64_t channels, T start, bool ahead, T* output, std::uint8_t* switches,
+              std::int64_t channels, Sum<T> start, bool ahead, T* output, std::uint8_t* switches,
               std::int64_t out_step) {
     constexpr std::int64_t count = Lanes<T>::count;
     for_windows_of_row(

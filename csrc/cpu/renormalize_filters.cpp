@@ -20,8 +20,8 @@ double sum_of_squares(const T* filter, std::int64_t size) {
     double sums[kSums] = {}, sum = 0;
     std::int64_t i = 0;
     for (; i + kSums <= size; i += kSums)
-        for (std::int64_t j = 0; j < kSums; ++j) sums[j] += double(filter[i + j]) * filter[i + j];
-    for (; i < size; ++i) sum += double(filter[i]) * filter[i];
+        for (std::int64_t j = 0; j < kSums; ++j) sums[j] += double(filter[i + j]) * double(filter[i + j]);
+    for (; i < size; ++i) sum += double(filter[i]) * double(filter[i]);
     for (const double part : sums) sum += part;
     return sum;
 }
@@ -36,8 +36,8 @@ void renormalize_filters(std::int64_t filters, std::int64_t size, Dtype dtype, d
             T* const filter = weight.as<T>() + i * size;
             const double rms = std::sqrt(sum_of_squares(filter, size) / double(size));
             if (!(rms > max_rms && rms < std::numeric_limits<double>::infinity())) return;
-            const T scale = static_cast<T>(max_rms / rms);
-            for (std::int64_t j = 0; j < size; ++j) filter[j] *= scale;
+            const auto scale = static_cast<Sum<T>>(max_rms / rms);
+            for (std::int64_t j = 0; j < size; ++j) filter[j] = T(filter[j] * scale);
         });
     });
 }

@@ -55,10 +55,10 @@ template <typename T>
 struct Band {
     const ConvShape& s;
     std::int64_t top, bottom;  // its rows of the image
-    T* planes;
+    Sum<T>* planes;
 
     // Adds the products of the map position (y, x).
-    void add(const T* products, std::int64_t y, std::int64_t x) const {
+    void add(const Sum<T>* products, std::int64_t y, std::int64_t x) const {
         const std::int64_t from_y = y * s.stride_h - s.padding_h;
         const std::int64_t from_x = x * s.stride_w - s.padding_w;
         std::int64_t first = 0, last = s.kernel_w;  // taps inside the image
@@ -68,8 +68,8 @@ struct Band {
             for (std::int64_t i = 0; i < s.kernel_h; ++i) {
                 const std::int64_t row = from_y + i * s.dilation_h;
                 if (row < top || row >= bottom) continue;
-                T* line = planes + (c * kBand + row - top) * s.in_width + from_x;
-                const T* taps = products + (c * s.kernel_h + i) * s.kernel_w;
+                Sum<T>* line = planes + (c * kBand + row - top) * s.in_width + from_x;
+                const Sum<T>* taps = products + (c * s.kernel_h + i) * s.kernel_w;
                 if (s.dilation_w == 1)
                     for (std::int64_t j = first; j < last; ++j) line[j] += taps[j];
                 else
@@ -79,7 +79,8 @@ struct Band {
 
     void fill(const T* bias) const {
         for (std::int64_t c = 0; c < s.in_per_group(); ++c)
-            std::fill_n(planes + c * kBand * s.in_width, kBand * s.in_width, bias ? bias[c] : T(0));
+            std::fill_n(planes + c * kBand * s.in_width, kBand * s.in_width,
+                        bias ? Sum<T>(bias[c]) : Sum<T>(0));
     }
 
     void store(T* image, std::int64_t n, std::int64_t first_channel) const {
@@ -87,8 +88,8 @@ struct Band {
         for (std::int64_t c = 0; c < s.in_per_group(); ++c)
             for (std::int64_t y = top; y < bottom; ++y) {
                 T* to = image + layout.offset(n, first_channel + c, y, 0);
-                const T* line = planes + (c * kBand + y - top) * s.in_width;
-                for (std::int64_t x = 0; x < s.in_width; ++x) to[x * layout.step_x()] = line[x];
+                const Sum<T>* line = planes + (c * kBand + y - top) * s.in_width;
+                for (std::int64_t x = 0; x < s.in_width; ++x) to[x * layout.step_x()] = T(line[x]);
             }
     }
 };
@@ -107,19 +108,19 @@ struct Reach {
 // Adds the products of positions [position, end) of `taps`, a block at a time; row 0 of the taps is
 // row `first` of the maps.
 template <typename T, typename Read>
-void add_products(const Band<T>& band, const Pass<T>& pass, const Taps<T>& taps, const Read& source,
-                  const T* packed, std::int64_t position, std::int64_t end, std::int64_t first,
-                  T* scratch) {
+void add_products(const Band<T>& band, const Pass<T>& pass, const Taps<Sum<T>>& taps,
+                  const Read& source, const Sum<T>* packed, std::int64_t position, std::int64_t end,
+                  std::int64_t first, Sum<T>* scratch) {
     const std::int64_t padded = gemm::padded_columns<T>(pass.columns);
-    T* const tiles = scratch + kPassRows * gemm::kRowStride;
-    T* const products = scratch + pass_scratch<T>(pass.columns);
+    Sum<T>* const tiles = scratch + kPassRows * gemm::kRowStride;
+    Sum<T>* const products = scratch + pass_scratch<T>(pass.columns);
     for (; position < end; position += kPassRows) {
         const std::int64_t rows = std::min(kPassRows, end - position);
         multiply_block(taps, source, position, rows, packed, padded, pass.columns, scratch, tiles);
         Cursor at(taps.rows, taps.columns, position);
         for (std::int64_t r = 0; r < rows; ++r, at.next()) {
             gemm::for_column_panels<T>(pass.columns, [&](std::int64_t j, std::int64_t width) {
-                const T* panel = tiles + gemm::tile_offset<T>(rows, r, j, width);
+                const Sum<T>* panel = tiles + gemm::tile_offset<T>(rows, r, j, width);
                 std::copy_n(panel, width, products + j);
             });
             band.add(products, first + at.y, at.x);
@@ -129,11 +130,11 @@ void add_products(const Band<T>& band, const Pass<T>& pass, const Taps<T>& taps,
 
 // All products that reach a band.
 template <typename T, typename Read>
-void fill_band(const Band<T>& band, const Pass<T>& pass, const Read& source, const T* packed,
-               std::int64_t n, std::int64_t group, T* scratch) {
+void fill_band(const Band<T>& band, const Pass<T>& pass, const Read& source, const Sum<T>* packed,
+               std::int64_t n, std::int64_t group, Sum<T>* scratch) {
     const Reach reach(band.s, band.top, band.bottom);
     const std::int64_t image = n * band.s.out_height, width = band.s.out_width;
-    Taps<T> taps = pass.taps;
+    Taps<Sum<T>> taps = pass.taps;
     taps.first_channel += group * taps.channels;
     add_products(band, pass, taps, source,
                  packed + group * pass.depth() * gemm::padded_columns<T>(pass.columns),
@@ -143,15 +144,15 @@ void fill_band(const Band<T>& band, const Pass<T>& pass, const Read& source, con
 // Runs the whole transposed convolution. `fill(band, n, group, own)` adds the products of a band;
 // `own` is its thread's part of `scratch`, of `size`, which begins with scatter_scratch().
 template <typename T, typename Fill>
-void run_scatter(const ConvShape& s, const Pass<T>& pass, const T* bias, T* image, T* packed,
-                 T* scratch, std::int64_t size, const Exec& exec, Fill&& fill) {
+void run_scatter(const ConvShape& s, const Pass<T>& pass, const T* bias, T* image, Sum<T>* packed,
+                 Sum<T>* scratch, std::int64_t size, const Exec& exec, Fill&& fill) {
     pack_weight(pass, packed, exec);
     const std::int64_t bands = gemm::divide_up(s.in_height, kBand);
     const std::int64_t planes = s.in_per_group() * kBand * s.in_width;
     parallel_for_thread(s.batch * s.groups * bands, exec, [&](std::int64_t unit, int thread) {
         const std::int64_t top = unit % bands * kBand, group = unit / bands % s.groups;
         const std::int64_t n = unit / bands / s.groups, channel = group * s.in_per_group();
-        T* const own = scratch + thread * size;
+        Sum<T>* const own = scratch + thread * size;
         const Band<T> band{s, top, std::min(top + kBand, s.in_height),
                            own + scatter_scratch<T>(s) - planes};
         band.fill(bias ? bias + channel : nullptr);

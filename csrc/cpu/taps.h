@@ -56,18 +56,18 @@ inline Axis transposed_axis(std::int64_t in, std::int64_t out, std::int64_t kern
     return {count, 1, first, taps, dilation / common, last, -spacing, phase, stride, out};
 }
 
-// signal behind a gate; `forward` is read only by the gates that need it.
+// signal behind a gate, widened; `forward` is read only by the gates that need it.
 template <Gate gate, typename T>
 struct Source {
     const T* signal;
     const T* forward;
 
-    T operator()(std::int64_t i) const {
-        T value = signal[i];
+    Sum<T> operator()(std::int64_t i) const {
+        Sum<T> value = signal[i];
         if constexpr (gate == Gate::deconvnet || gate == Gate::guided)
-            value = value <= 0 ? T(0) : value;
+            value = value <= 0 ? Sum<T>(0) : value;
         if constexpr (gate == Gate::backprop || gate == Gate::guided)
-            value = forward[i] <= 0 ? T(0) : value;
+            value = forward[i] <= 0 ? Sum<T>(0) : value;
         return value;
     }
 };

@@ -29,7 +29,7 @@ constexpr std::int64_t kMapsBytes = 384 * 1024;
 
 // Element `i` of the workspace: the gate has acted already.
 template <typename T>
-using Rows = Source<Gate::none, T>;
+using Rows = Source<Gate::none, Sum<T>>;
 
 template <typename T>
 struct Plan {
@@ -44,7 +44,7 @@ struct Plan {
           packed(0),
           line(s.out_width * s.out_per_group()) {
         const std::int64_t fit =
-            std::max<std::int64_t>(kMapsBytes / (line * std::int64_t(sizeof(T))), 1);
+            std::max<std::int64_t>(kMapsBytes / (line * std::int64_t(sizeof(Sum<T>))), 1);
         if (scattered) {
             packed = scatter_pass<T>(s, nullptr).packed_weight();
             rows = std::min(fit, s.out_height);
@@ -71,17 +71,17 @@ struct Plan {
 // Image rows [top, bottom) by phases; `packed` has the weights of all phases.
 template <typename T>
 void phases_of_band(const Plan<T>& plan, const Unpool<T>& unpool, const T* bias, T* image,
-                    const T* packed, std::int64_t n, std::int64_t group, std::int64_t top,
-                    std::int64_t bottom, T* scratch) {
+                    const Sum<T>* packed, std::int64_t n, std::int64_t group, std::int64_t top,
+                    std::int64_t bottom, Sum<T>* scratch) {
     const ConvShape& s = plan.s;
     const Reach reach(s, top, bottom);
-    T* const maps = scratch + plan.product();
+    Sum<T>* const maps = scratch + plan.product();
     unpool.rows(n, group * s.out_per_group(), s.out_per_group(), reach.first,
                 std::max(reach.first, reach.last), maps);
     const Epilogue<T> epilogue{Gate::none, bias, nullptr, image + n * s.image().step_image()};
     const Rows<T> source{maps, nullptr};
     for_phases<T>(s, nullptr, [&](Pass<T> pass) {
-        const T* const own = packed + group * pass.depth() * gemm::padded_columns<T>(pass.columns);
+        const auto* const own = packed + group * pass.depth() * gemm::padded_columns<T>(pass.columns);
         packed += pass.packed_weight();
         Axis& rows = pass.taps.rows;
         const std::int64_t skipped = top / s.stride_h;
@@ -102,12 +102,12 @@ void phases_of_band(const Plan<T>& plan, const Unpool<T>& unpool, const T* bias,
 // Adds all products that reach a band of scatter.h, a few rows of the maps at a time.
 template <typename T>
 void scatter_band(const Plan<T>& plan, const Unpool<T>& unpool, const Band<T>& band,
-                  const Pass<T>& pass, const T* packed, std::int64_t n, std::int64_t group,
-                  T* scratch) {
+                  const Pass<T>& pass, const Sum<T>* packed, std::int64_t n, std::int64_t group,
+                  Sum<T>* scratch) {
     const ConvShape& s = plan.s;
     const Reach reach(s, band.top, band.bottom);
-    T* const maps = scratch + plan.product();
-    Taps<T> taps = pass.taps;
+    Sum<T>* const maps = scratch + plan.product();
+    Taps<Sum<T>> taps = pass.taps;
     taps.layout = plan.layout();
     packed += group * pass.depth() * gemm::padded_columns<T>(pass.columns);
     for (std::int64_t row = reach.first; row < reach.last; row += plan.rows) {
@@ -126,7 +126,7 @@ std::int64_t unpool_relu_deconv2d_workspace(const ConvShape& s, const PoolShape&
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Plan<T> plan(s, exec);
-        bytes = kLine + sizeof(T) * (plan.packed + plan.scratch() * max_threads(exec));
+        bytes = kLine + sizeof(Sum<T>) * (plan.packed + plan.scratch() * max_threads(exec));
     });
     return bytes;
 }
@@ -145,16 +145,17 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
                                switches.as<const std::uint8_t>(),
                                forward.as<const T>()};
         const T *filters = weight.as<const T>(), *shift = bias.as<const T>();
-        T *const packed = aligned<T>(workspace), *const scratch = packed + plan.packed;
+        auto *const packed = aligned<Sum<T>>(workspace), *const scratch = packed + plan.packed;
         if (plan.scattered) {
             const Pass<T> pass = scatter_pass(s, filters);
-            const auto fill = [&](const Band<T>& band, std::int64_t n, std::int64_t group, T* own) {
+            const auto fill = [&](const Band<T>& band, std::int64_t n, std::int64_t group,
+                                  Sum<T>* own) {
                 scatter_band(plan, unpool, band, pass, packed, n, group, own);
             };
             return run_scatter(s, pass, shift, image.as<T>(), packed, scratch, plan.scratch(), exec,
                                fill);
         }
-        T* next = packed;
+        auto* next = packed;
         for_phases(s, filters, [&](const Pass<T>& pass) {
             pack_weight(pass, next, exec);
             next += pass.packed_weight();

@@ -43,6 +43,17 @@ void for_windows2d(const PoolShape& s, std::int64_t n, std::int64_t c, std::int6
                 });
 }
 
+// The rows [first, last) of windows that reach the input rows [top, bottom).
+struct WindowRows {
+    std::int64_t first, last;
+
+    WindowRows(const PoolShape& s, std::int64_t top, std::int64_t bottom) {
+        const std::int64_t begin = top + s.padding_h - (s.kernel_h - 1) * s.dilation_h;
+        first = begin > 0 ? (begin + s.stride_h - 1) / s.stride_h : 0;
+        last = std::min(s.out_height, (bottom - 1 + s.padding_h) / s.stride_h + 1);
+    }
+};
+
 template <typename T>
 struct Unpool {
     using V = Lanes<T>;
@@ -55,18 +66,28 @@ struct Unpool {
 
     // Rows [top, bottom) of `count` channels of image n from `first` on, pixel after pixel.
     void rows(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t top,
-              std::int64_t bottom, T* maps) const {
-        if (!s.channels_last) return scatter(n, first, count, top, bottom, maps);
+              std::int64_t bottom, Sum<T>* maps) const {
+        if (s.channels_last)
+            gather(n, first, count, top, bottom, maps);
+        else
+            scatter(n, first, count, top, bottom, maps);
+    }
+
+    // The same of channels_last tensors, as T or as Sum<T>.
+    template <typename To>
+    void gather(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t top,
+                std::int64_t bottom, To* maps) const {
         for (std::int64_t y = top; y < bottom; ++y)
             for (std::int64_t x = 0; x < s.in_width; ++x, maps += count)
-                gather(n, first, count, y, x, maps);
+                gather_pixel(n, first, count, y, x, maps);
     }
 
   private:
     bool rectifies() const { return gate == Gate::deconvnet || gate == Gate::guided; }
 
-    void gather(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t y,
-                std::int64_t x, T* pixel) const {
+    template <typename To>
+    void gather_pixel(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t y,
+                      std::int64_t x, To* pixel) const {
         std::int64_t windows[256], taps[256], found = 0;
         for_windows2d(s, n, first, y, x, [&](std::int64_t window, std::int64_t tap) {
             windows[found] = window;
@@ -86,20 +107,17 @@ struct Unpool {
                 sum = hit ? (overwrite ? value : sum + value) : sum;
             }
             if (rectifies()) sum = sum <= 0 ? typename V::Value{} : sum;
-            V::store(pixel + c, sum, lanes);
+            Lanes<To>::store(pixel + c, sum, lanes);
         }
     }
 
     void scatter(std::int64_t n, std::int64_t first, std::int64_t count, std::int64_t top,
-                 std::int64_t bottom, T* maps) const {
+                 std::int64_t bottom, Sum<T>* maps) const {
         const std::int64_t size = (bottom - top) * s.in_width * count;
-        const std::int64_t begin = top + s.padding_h - (s.kernel_h - 1) * s.dilation_h;
-        const std::int64_t first_y = begin > 0 ? (begin + s.stride_h - 1) / s.stride_h : 0;
-        const std::int64_t last_y =
-            std::min(s.out_height, (bottom - 1 + s.padding_h) / s.stride_h + 1);
-        std::fill_n(maps, size, T(0));
+        const WindowRows rows(s, top, bottom);
+        std::fill_n(maps, size, Sum<T>(0));
         for (std::int64_t c = 0; c < count; ++c)
-            for (std::int64_t oy = first_y; oy < last_y; ++oy) {
+            for (std::int64_t oy = rows.first; oy < rows.last; ++oy) {
                 const std::int64_t row = s.output().offset(n, first + c, oy, 0);
                 for (std::int64_t ox = 0; ox < s.out_width; ++ox) {
                     const std::int64_t i = switches[row + ox] / s.kernel_w;
@@ -107,13 +125,14 @@ struct Unpool {
                     const std::int64_t y = oy * s.stride_h - s.padding_h + i * s.dilation_h;
                     const std::int64_t x = ox * s.stride_w - s.padding_w + j * s.dilation_w;
                     if (y < top || y >= bottom) continue;
-                    T& target = maps[((y - top) * s.in_width + x) * count + c];
-                    const T value = forward && forward[row + ox] <= 0 ? T(0) : pooled[row + ox];
+                    Sum<T>& target = maps[((y - top) * s.in_width + x) * count + c];
+                    const bool blocked = forward && forward[row + ox] <= 0;
+                    const Sum<T> value = blocked ? Sum<T>(0) : Sum<T>(pooled[row + ox]);
                     target = overwrite ? value : target + value;
                 }
             }
         if (rectifies())
-            for (std::int64_t i = 0; i < size; ++i) maps[i] = maps[i] <= 0 ? T(0) : maps[i];
+            for (std::int64_t i = 0; i < size; ++i) maps[i] = maps[i] <= 0 ? Sum<T>(0) : maps[i];
     }
 };
 

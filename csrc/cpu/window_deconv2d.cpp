@@ -29,7 +29,7 @@ class Cutter {
 
 // Writes the part of a window inside the whole image, and zeros around it; `from` may be `to`.
 template <typename T>
-void clip(const WindowShape& s, const std::int64_t* origin, const T* from, T* to) {
+void clip(const WindowShape& s, const std::int64_t* origin, const Sum<T>* from, T* to) {
     const std::int64_t line = s.in_width * s.in_channels;
     const auto inside = [](std::int64_t start, std::int64_t size, std::int64_t limit) {
         const std::int64_t first = std::clamp<std::int64_t>(-start, 0, size);
@@ -41,12 +41,25 @@ void clip(const WindowShape& s, const std::int64_t* origin, const T* from, T* to
     for (std::int64_t y = top; y < bottom; ++y) {
         T* row = to + y * line;
         std::fill_n(row, left * s.in_channels, T(0));
-        if (from != to)
-            std::copy(from + y * line + left * s.in_channels,
-                      from + y * line + right * s.in_channels, row + left * s.in_channels);
+        if (static_cast<const void*>(from) != to)
+            for (std::int64_t i = left * s.in_channels; i < right * s.in_channels; ++i)
+                row[i] = T(from[y * line + i]);
         std::fill(row + right * s.in_channels, row + line, T(0));
     }
     std::fill_n(to + bottom * line, (s.in_height - bottom) * line, T(0));
+}
+
+// Whether sums may be formed in the image itself: not of halves.
+template <typename T>
+constexpr bool kInPlace = std::is_same_v<T, Sum<T>>;
+
+// The image as sums, where they may be formed in it, else `other`.
+template <typename T>
+Sum<T>* sums_in(T* image, Sum<T>* other) {
+    if constexpr (kInPlace<T>)
+        return image;
+    else
+        return other;
 }
 
 // Narrow filters: window by window.
@@ -59,22 +72,27 @@ struct StripWay {
         : s(shape),
           units(s.windows),
           window(s.in_height * s.in_width * s.in_channels),
-          stride(Slots<T>::stride_of(s.out_channels)),
-          words(Slots<T>::words_of(s.out_channels)) {}
+          stride(Slots<Sum<T>>::stride_of(s.out_channels)),
+          words(Slots<Sum<T>>::words_of(s.out_channels)) {}
 
-    // Memory of one thread.
-    Slots<T> own(Cutter& cutter) const {
-        return {cutter.take<T>(kSlots * stride), cutter.take<std::uint64_t>(kSlots * words), stride,
-                words};
+    struct Own {  // of one thread
+        Slots<Sum<T>> slots;
+        Sum<T>* window;
+    };
+    Own own(Cutter& cutter) const {
+        return {{cutter.take<Sum<T>>(kSlots * stride), cutter.take<std::uint64_t>(kSlots * words),
+                 stride, words},
+                cutter.take<Sum<T>>(kInPlace<T> ? 0 : window)};
     }
 
-    void run(const MapReader<T>& maps, const T* packed, const std::int64_t* origins,
-             std::int64_t window_index, const Slots<T>& slots, T* image) const {
+    void run(const MapReader<T>& maps, const Sum<T>* packed, const std::int64_t* origins,
+             std::int64_t window_index, const Own& own, T* image) const {
         T* const to = image + window_index * window;
-        std::fill_n(slots.bits, kSlots * words, 0);
-        std::fill_n(to, window, T(0));
-        add_strips(s, maps, window_index, packed, slots, to);
-        clip(s, origins + 2 * window_index, to, to);
+        Sum<T>* const sums = sums_in(to, own.window);
+        std::fill_n(own.slots.bits, kSlots * words, 0);
+        std::fill_n(sums, window, Sum<T>(0));
+        add_strips(s, maps, window_index, packed, own.slots, sums);
+        clip(s, origins + 2 * window_index, sums, to);
     }
 };
 
@@ -86,38 +104,39 @@ struct PanelWay {
     static constexpr std::int64_t kUnitBytes = 512 * 1024;
 
     const WindowShape& s;
-    Panels<T> panels;
+    Panels<Sum<T>> panels;
     std::int64_t window, unit, units;  // values of an image window; windows of a unit
-    bool direct;                       // whether runs are whole vectors, written to the image
+    bool direct;                       // whether runs are whole vectors, added to the image
 
     PanelWay(const WindowShape& shape, const Exec& exec)
         : s(shape), panels(shape), window(s.in_height * s.in_width * s.in_channels) {
         const std::int64_t fit =
-            std::max<std::int64_t>(kUnitBytes * panels.parts() / (window * sizeof(T)), 1);
+            std::max<std::int64_t>(kUnitBytes * panels.parts() / (window * sizeof(Sum<T>)), 1);
         unit = std::min(fit, gemm::divide_up(s.windows, max_threads(exec)));
         units = gemm::divide_up(s.windows, unit);
-        direct = panels.width % kUnit<T> == 0;
+        direct = kInPlace<T> && panels.width % kUnit<T> == 0;
     }
 
     struct Own {  // of one thread
-        Lists<T> lists;
-        T* scratch;
+        Lists<Sum<T>> lists;
+        Sum<T>* scratch;
     };
     Own own(Cutter& cutter) const {
         const std::int64_t values =
             unit * MapReader<T>::capacity(s, panels.channels) + gemm::kVector<T>;
         const std::int64_t items = unit * s.out_height * s.out_width;
-        return {{cutter.take<T>(values), cutter.take<std::int32_t>(values),
+        return {{cutter.take<Sum<T>>(values), cutter.take<std::int32_t>(values),
                  cutter.take<Item>(items), 0, 0},
-                cutter.take<T>(direct ? 0 : unit * window + gemm::kVector<T>)};
+                cutter.take<Sum<T>>(direct ? 0 : unit * window + gemm::kVector<T>)};
     }
 
-    void run(const MapReader<T>& maps, const T* packed, const std::int64_t* origins,
+    void run(const MapReader<T>& maps, const Sum<T>* packed, const std::int64_t* origins,
              std::int64_t unit_index, Own own, T* image) const {
         const std::int64_t first = unit_index * unit;
         const std::int64_t windows = std::min(unit, s.windows - first);
-        T* const target = direct ? image + first * window : own.scratch;
-        std::fill_n(target, windows * window, T(0));
+        Sum<T>* const target =
+            direct ? sums_in(image + first * window, own.scratch) : own.scratch;
+        std::fill_n(target, windows * window, Sum<T>(0));
         for (std::int64_t group = 0; group < s.groups; ++group)
             for (std::int64_t block = 0; block < panels.blocks; ++block) {
                 const std::int64_t base = group * s.out_per_group();
@@ -137,7 +156,7 @@ struct PanelWay {
 // body(way) with the way that a shape goes.
 template <typename T, typename Body>
 void with_way(const WindowShape& s, const Exec& exec, Body&& body) {
-    if (Strips<T>::serve(s))
+    if (Strips<Sum<T>>::serve(s))
         body(StripWay<T>(s, exec));
     else
         body(PanelWay<T>(s, exec));
@@ -162,10 +181,11 @@ std::int64_t table_bytes(const WindowShape& s) {
 std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec&) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
-        using T = decltype(zero);
-        const std::int64_t values =
-            Strips<T>::serve(s) ? Strips<T>(s).packed_size() : Panels<T>(s).packed_size(s.groups);
-        bytes = kLine + sizeof(T) * values;
+        using Values = Sum<decltype(zero)>;
+        const std::int64_t values = Strips<Values>::serve(s)
+                                        ? Strips<Values>(s).packed_size()
+                                        : Panels<Values>(s).packed_size(s.groups);
+        bytes = kLine + sizeof(Values) * values;
     });
     return bytes;
 }
@@ -174,8 +194,8 @@ void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Add
                           const Exec& exec) {
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const auto pack = Strips<T>::serve(s) ? pack_strips<T> : pack_panels<T>;
-        pack(s, weight.as<const T>(), aligned<T>(packed), exec);
+        const auto pack = Strips<Sum<T>>::serve(s) ? pack_strips<T> : pack_panels<T>;
+        pack(s, weight.as<const T>(), aligned<Sum<T>>(packed), exec);
     });
 }
 
@@ -203,7 +223,7 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
         with_way<T>(s, exec, [&](const auto& way) {
             parallel_for_thread(way.units, exec, [&](std::int64_t unit, int thread) {
                 Cutter mine(Address{own + thread * own_bytes(way)});
-                way.run(maps, aligned<const T>(packed), origins.as<const std::int64_t>(), unit,
+                way.run(maps, aligned<const Sum<T>>(packed), origins.as<const std::int64_t>(), unit,
                         way.own(mine), image.as<T>());
             });
         });

@@ -43,8 +43,8 @@ struct ListWriter {
 };
 
 // Appends the lists of a window whose image begins at `target`.
-template <typename T>
-void append_lists(const WindowShape& s, const MapReader<T>& maps, std::int64_t window,
+template <typename T, typename Stored>
+void append_lists(const WindowShape& s, const MapReader<Stored>& maps, std::int64_t window,
                   Channels channels, std::int64_t row_step, std::int64_t target, Lists<T>& lists) {
     maps.with_gate([&](auto rectify, auto mask) {
         const auto start = [&] {

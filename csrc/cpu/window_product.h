@@ -82,15 +82,15 @@ struct Panels {
 };
 
 template <typename T>
-void pack_panels(const WindowShape& s, const T* weight, T* packed, const Exec& exec) {
-    const Panels<T> p(s);
+void pack_panels(const WindowShape& s, const T* weight, Sum<T>* packed, const Exec& exec) {
+    const Panels<Sum<T>> p(s);
     const std::int64_t taps = s.taps(), channels = s.in_per_group();
     const std::int64_t side = p.merged ? s.kernel_w : 1;  // kernel positions of a run
     parallel_for(s.out_channels, exec, [&](std::int64_t o) {
         const T* filter = weight + o * channels * taps;
         const std::int64_t group = o / s.out_per_group(), own = o % s.out_per_group();
         p.for_panels([&](std::int64_t index, std::int64_t run, std::int64_t column) {
-            T* row =
+            Sum<T>* row =
                 packed + p.panel(group, own / p.channels, index) + own % p.channels * p.columns();
             const std::int64_t first = column * p.columns();
             const std::int64_t count = std::min(p.columns(), p.width - first);

@@ -111,17 +111,17 @@ struct Strips {
 };
 
 template <typename T>
-void pack_strips(const WindowShape& s, const T* weight, T* packed, const Exec& exec) {
-    const Strips<T> p(s);
-    std::fill_n(packed, p.packed_size(), T(0));
+void pack_strips(const WindowShape& s, const T* weight, Sum<T>* packed, const Exec& exec) {
+    const Strips<Sum<T>> p(s);
+    std::fill_n(packed, p.packed_size(), Sum<T>(0));
     parallel_for(s.out_channels, exec, [&](std::int64_t o) {
         for (std::int64_t run = 0; run < p.runs; ++run) {
             const std::int64_t panel = run / p.panel_runs, own = run % p.panel_runs;
-            T* strip = packed + p.panel(panel) + o * p.strip();
+            Sum<T>* strip = packed + p.panel(panel) + o * p.strip();
             for (std::int64_t j = 0; j < p.vectors.width; ++j) {
                 const std::int64_t value = o * s.in_channels + j % s.in_channels;
                 const std::int64_t tap = run * s.kernel_w + j / s.in_channels;
-                strip[p.vectors.template place<T>(own, p.runs_of(panel), j)] =
+                strip[p.vectors.template place<Sum<T>>(own, p.runs_of(panel), j)] =
                     weight[value * s.taps() + tap];
             }
         }
@@ -249,8 +249,8 @@ AddSlots<T> choose_add_slots(const RunVectors& vectors, std::int64_t runs) {
 }
 
 // Adds one window's maps to its image.
-template <typename T>
-void add_strips(const WindowShape& s, const MapReader<T>& maps, std::int64_t window,
+template <typename T, typename Stored>
+void add_strips(const WindowShape& s, const MapReader<Stored>& maps, std::int64_t window,
                 const T* packed, Slots<T> slots, T* image) {
     const Strips<T> p(s);
     const Channels channels{0, s.out_channels};

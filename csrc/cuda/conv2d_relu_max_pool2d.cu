@@ -79,12 +79,14 @@ struct PoolPlan {
 };
 
 template <typename T, typename Tile, bool kChannelsLast, int kVector>
-__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
-    conv2d_relu_max_pool2d_kernel(TapPlan p, PoolPlan pool, TensorSource<T> source, const T* packed,
-                                  const T* bias, T* output, std::uint8_t* switches) {
-    constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<T>::size;
-    ZF_SHARED(Pack<T>, left_tiles, 2 * kDepth * kM / kPack);
-    ZF_SHARED(Pack<T>, right_tiles, 2 * kDepth * kN / kPack);
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
+    conv2d_relu_max_pool2d_kernel(TapPlan p, PoolPlan pool, TensorSource<T> source,
+                                  const Sum<T>* packed, const T* bias, T* output,
+                                  std::uint8_t* switches) {
+    using V = Sum<T>;
+    constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
+    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kM / kPack);
+    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kN / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
     const int thread = threadIdx.x;
 
@@ -113,9 +115,9 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     }
     __syncthreads();
     typename Tile::Accumulator sum = {};
-    const TapTiles<T, Tile> tiles = {reinterpret_cast<T*>(left_tiles),
-                                     reinterpret_cast<T*>(right_tiles), pixels};
-    tap_product<T, Tile, false, kChannelsLast, kVector>(p, source, rows, columns, group,
+    const TapTiles<V, Tile> tiles = {reinterpret_cast<V*>(left_tiles),
+                                     reinterpret_cast<V*>(right_tiles), pixels};
+    tap_product<V, Tile, false, kChannelsLast, kVector>(p, source, rows, columns, group,
                                                         first_column, packed, tiles, sum);
 
     const int own_column = Tile::column();
@@ -123,15 +125,20 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
         if (bias == nullptr || first_column + own_column + j >= p.columns) continue;
-        const T shift = bias[first_channel + own_column + j];
+        const V shift = bias[first_channel + own_column + j];
 #pragma unroll
         for (int i = 0; i < Tile::kRows; ++i) sum[i][j] += shift;
     }
+    // Windows compare what the maps would hold, so that rounding makes the same ties.
+#pragma unroll
+    for (int i = 0; i < Tile::kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][j] = static_cast<V>(static_cast<T>(sum[i][j]));
 
     // kPart channels at a time: channel c of pixel r of the box lies at r * kPart + c in NHWC, at
     // c * kM + r in NCHW, so that lanes write packs and then read neighbours.
     constexpr int kPart = 2 * kDepth < kN ? 2 * kDepth : kN;
-    T* const maps = tiles.left;
+    V* const maps = tiles.left;
     const int count = static_cast<int>(pool.windows.divisor);
     const Divisor inner = pool.windows;
     for (int part = 0; part < kN && first_column + part < p.columns; part += kPart) {
@@ -143,7 +150,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
                 for (int j = 0; j < 4; j += kPack)
 #pragma unroll
                     for (int e = 0; e < kPack; ++e) {
-                        Pack<T> pack;
+                        Pack<V> pack;
 #pragma unroll
                         for (int f = 0; f < kPack; ++f)
                             pack.value[f] = kChannelsLast ? sum[i + e][j + f] : sum[i + f][j + e];
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
             const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
             if (oy >= pool.y.count || ox >= pool.x.count || first_column + part + c >= p.columns)
                 continue;
-            T best = T(0);
+            V best = V(0);
             int where = -1;
             for (int i = 0; i < pool.y.kernel; ++i) {
                 const int y = oy * pool.y.stride - pool.y.padding + i * pool.y.dilation;
@@ -170,14 +177,14 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
                     const int x = ox * pool.x.stride - pool.x.padding + j * pool.x.dilation;
                     if (x < 0 || x >= pool.x.size) continue;
                     const int pixel = (y - top) * pool.x.box + x - left;
-                    const T value = maps[kChannelsLast ? pixel * kPart + c : c * kM + pixel];
+                    const V value = maps[kChannelsLast ? pixel * kPart + c : c * kM + pixel];
                     const bool more = value > best || value != value;
                     if (more || where < 0) where = i * pool.x.kernel + j;
                     if (more) best = value;
                 }
             }
             const std::int64_t to = pool.output.offset(n, first_channel + part + c, oy, ox);
-            output[to] = best;
+            output[to] = static_cast<T>(best);
             switches[to] = static_cast<std::uint8_t>(where);
         }
         __syncthreads();
@@ -232,7 +239,7 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                                    p.groups * s.batch);
         launch(conv2d_relu_max_pool2d_kernel<T, Tile, Variant::kChannelsLast, Variant::kVector>,
                grid, dim3(kTileThreads), 0, exec, p, plan,
-               TensorSource<T>{image.as<const T>(), nullptr}, workspace.as<const T>(),
+               TensorSource<T>{image.as<const T>(), nullptr}, workspace.as<const Sum<T>>(),
                bias.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
     });
 }

@@ -52,16 +52,17 @@ ZF_HD void split_column(const ConvShape& s, std::int64_t j, std::int64_t& i, std
 }
 
 template <typename T, bool kChannelsLast, int kVector>
-__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     weight_gradient_kernel(GradientPlan p, const T* image, const T* signal, const T* forward,
-                           T* partial) {
-    using Product = Tile<T, kSide, kSide>;
-    constexpr int kDepth = Product::kDepth, kPack = Pack<T>::size;
-    ZF_SHARED(Pack<T>, left_tiles, 2 * kDepth * kSide / kPack);
-    ZF_SHARED(Pack<T>, right_tiles, 2 * kDepth * kSide / kPack);
+                           Sum<T>* partial) {
+    using V = Sum<T>;
+    using Product = Tile<V, kSide, kSide>;
+    constexpr int kDepth = Product::kDepth, kPack = Pack<V>::size;
+    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kSide / kPack);
+    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kSide / kPack);
     ZF_SHARED(Column, columns, kSide);
-    T* const left = reinterpret_cast<T*>(left_tiles);
-    T* const right = reinterpret_cast<T*>(right_tiles);
+    V* const left = reinterpret_cast<V*>(left_tiles);
+    V* const right = reinterpret_cast<V*>(right_tiles);
     const ConvShape& s = p.s;
     Layout from = s.image(), maps = s.maps();
     from.channels_last = maps.channels_last = kChannelsLast;  // known to the compiler
@@ -130,9 +131,9 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
                 const int k = kChannelsLast ? load_k + i * kStep : load_k;
                 const int column = kChannelsLast ? load_column + j : load_column + i * kStep;
                 const int slot = buffer * kDepth * kSide + tile_slot<kSide>(k, column);
-                const T value = staged_left[i].value[j];
+                const auto value = static_cast<V>(staged_left[i].value[j]);
                 left[slot] = p.rectify ? rectify(value) : value;
-                right[slot] = staged_right[i].value[j];
+                right[slot] = static_cast<V>(staged_right[i].value[j]);
             }
     };
 
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
         __syncthreads();
     }
 
-    T* const to = partial + split * (s.out_channels * column_count);
+    V* const to = partial + split * (s.out_channels * column_count);
 #pragma unroll
     for (int i = 0; i < Product::kRows; ++i)
 #pragma unroll
@@ -171,9 +172,11 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
 // channels over the pixels of NHWC, and then its threads as a tree.
 template <typename T, bool kChannelsLast>
 __global__ void bias_gradient_kernel(ConvShape s, bool rectified, std::int64_t split_units,
-                                     int splits, const T* signal, const T* forward, T* partial) {
+                                     int splits, const T* signal, const T* forward,
+                                     Sum<T>* partial) {
+    using V = Sum<T>;
     constexpr int kChannels = kChannelsLast ? 32 : 1, kRanks = kTileThreads / kChannels;
-    ZF_SHARED(T, sums, kTileThreads);
+    ZF_SHARED(V, sums, kTileThreads);
     const int thread = threadIdx.x;
     const std::int64_t split = blockIdx.x % splits;
     const std::int64_t channel = blockIdx.x / splits * kChannels + thread % kChannels;
@@ -182,9 +185,9 @@ __global__ void bias_gradient_kernel(ConvShape s, bool rectified, std::int64_t s
     const std::int64_t first = split * split_units;
     const std::int64_t last = first + split_units < units ? first + split_units : units;
 
-    T sum = T(0);
+    V sum = V(0);
     auto add = [&](std::int64_t offset) {
-        const T value = load_gated<T, 1>(signal, forward, offset).value[0];
+        const V value = load_gated<T, 1>(signal, forward, offset).value[0];
         sum += rectified ? rectify(value) : value;
     };
     if (channel < s.out_channels) {
@@ -206,14 +209,15 @@ __global__ void bias_gradient_kernel(ConvShape s, bool rectified, std::int64_t s
         partial[split * s.out_channels + channel] = sums[thread];
 }
 
-// The second pass: result[i] = sum of partial[split][i] in the order of the splits.
+// The second pass: result[i] = sum of partial[split][i] in the order of the splits, rounded.
 template <typename T>
-__global__ void sum_splits_kernel(const T* partial, std::int64_t count, int splits, T* result) {
+__global__ void sum_splits_kernel(const Sum<T>* partial, std::int64_t count, int splits,
+                                  T* result) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
     if (i >= count) return;
-    T sum = partial[i];
+    Sum<T> sum = partial[i];
     for (int split = 1; split < splits; ++split) sum += partial[split * count + i];
-    result[i] = sum;
+    result[i] = static_cast<T>(sum);
 }
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -249,14 +253,14 @@ Splits bias_splits(const ConvShape& s) {
 
 std::int64_t weights(const ConvShape& s) { return s.out_channels * s.in_per_group() * s.taps(); }
 
-// One split needs no second pass: it writes the result itself.
-std::int64_t weight_partials(const ConvShape& s) {
+// One split needs no second pass: it writes the result itself, where that is made of sums.
+std::int64_t weight_partials(const ConvShape& s, Dtype dtype) {
     const std::int64_t splits = weight_splits(s).count;
-    return splits > 1 ? splits * weights(s) : 0;
+    return splits > 1 || element_bytes(dtype) < sum_bytes(dtype) ? splits * weights(s) : 0;
 }
 
 template <typename T>
-void sum_splits(const T* partial, std::int64_t count, std::int64_t splits, T* result,
+void sum_splits(const Sum<T>* partial, std::int64_t count, std::int64_t splits, T* result,
                 const Exec& exec) {
     launch(sum_splits_kernel<T>, grid(divide_up(count, kTileThreads)), dim3(kTileThreads), 0, exec,
            partial, count, static_cast<int>(splits), result);
@@ -269,17 +273,17 @@ void weight_gradient(const ConvShape& s, bool rectified, Address image, Address 
     GradientPlan p = {s, splits.units, static_cast<int>(splits.count), 0, 0, rectified};
     p.row_tiles = static_cast<int>(divide_up(s.out_per_group(), kSide));
     p.column_tiles = static_cast<int>(divide_up(s.in_per_group() * s.taps(), kSide));
-    T* const partial = (splits.count > 1 ? workspace : grad_weight).as<T>();
+    const bool direct = splits.count == 1 && std::is_same_v<T, Sum<T>>;
+    auto* const partial = (direct ? grad_weight : workspace).template as<Sum<T>>();
     launch(weight_gradient_kernel<T, kChannelsLast, kVector>,
            grid(splits.count * s.groups * p.row_tiles * p.column_tiles), dim3(kTileThreads), 0,
            exec, p, image.as<const T>(), signal.as<const T>(), forward.as<const T>(), partial);
-    if (splits.count > 1)
-        sum_splits<T>(partial, weights(s), splits.count, grad_weight.as<T>(), exec);
+    if (!direct) sum_splits<T>(partial, weights(s), splits.count, grad_weight.as<T>(), exec);
 }
 
 template <typename T, bool kChannelsLast>
 void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address forward,
-                   Address grad_bias, T* partial, const Exec& exec) {
+                   Address grad_bias, Sum<T>* partial, const Exec& exec) {
     const Splits splits = bias_splits(s);
     const std::int64_t tiles = kChannelsLast ? divide_up(s.out_channels, 32) : s.out_channels;
     launch(bias_gradient_kernel<T, kChannelsLast>, grid(splits.count * tiles), dim3(kTileThreads),
@@ -289,36 +293,35 @@ void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address f
 }
 
 template <typename T, bool kChannelsLast>
-void gradients(const ConvShape& s, bool rectified, Address image, Address signal, Address forward,
-               Address grad_weight, Address grad_bias, Address workspace, const Exec& exec) {
-    const bool vector = kChannelsLast && sizeof(T) == 4 && s.in_per_group() % 4 == 0 &&
+void gradients(const ConvShape& s, Dtype dtype, bool rectified, Address image, Address signal,
+               Address forward, Address grad_weight, Address grad_bias, Address workspace,
+               const Exec& exec) {
+    const bool vector = kChannelsLast && sizeof(T) <= 4 && s.in_per_group() % 4 == 0 &&
                         s.out_per_group() % 4 == 0 && aligned(image, signal, forward);
-    constexpr int kVector = kChannelsLast && sizeof(T) == 4 ? 4 : 1;
+    constexpr int kVector = kChannelsLast && sizeof(T) <= 4 ? 4 : 1;
     (vector ? weight_gradient<T, kChannelsLast, kVector>
             : weight_gradient<T, kChannelsLast, 1>)(s, rectified, image, signal, forward,
                                                     grad_weight, workspace, exec);
     if (grad_bias)
         bias_gradient<T, kChannelsLast>(s, rectified, signal, forward, grad_bias,
-                                        workspace.as<T>() + weight_partials(s), exec);
+                                        workspace.as<Sum<T>>() + weight_partials(s, dtype), exec);
 }
 
 }  // namespace
 
 std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return (weight_partials(s) + bias_splits(s).count * s.out_channels) * element_bytes(dtype);
+    return (weight_partials(s, dtype) + bias_splits(s).count * s.out_channels) * sum_bytes(dtype);
 }
 
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec) {
-    const auto run = [&](auto compute) {
-        compute(s, (static_cast<int>(gate) & kRectify) != 0, image, signal, mask_of(gate, forward),
-                grad_weight, grad_bias, workspace, exec);
-    };
-    if (dtype == Dtype::float32)
-        s.channels_last ? run(gradients<float, true>) : run(gradients<float, false>);
-    else
-        s.channels_last ? run(gradients<double, true>) : run(gradients<double, false>);
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const auto compute = s.channels_last ? gradients<T, true> : gradients<T, false>;
+        compute(s, dtype, (static_cast<int>(gate) & kRectify) != 0, image, signal,
+                mask_of(gate, forward), grad_weight, grad_bias, workspace, exec);
+    });
 }
 
 }  // namespace zfcuda

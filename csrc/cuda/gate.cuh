@@ -14,7 +14,7 @@ static_assert(int(Gate::deconvnet) == kRectify && int(Gate::backprop) == kMask &
 
 template <typename T>
 ZF_HD T rectify(T value) {
-    return value < T(0) ? T(0) : value;  // keeps NaN
+    return Sum<T>(value) < Sum<T>(0) ? T(Sum<T>(0)) : value;  // keeps NaN
 }
 
 // kVector neighbours in one load; zero where `forward` is given and blocks them.
@@ -25,7 +25,7 @@ __device__ Vector<T, kVector> load_gated(const T* from, const T* forward, std::i
         const Vector<T, kVector> mask = load_vector<T, kVector>(forward + offset);
 #pragma unroll
         for (int i = 0; i < kVector; ++i)
-            if (mask.value[i] <= T(0)) vector.value[i] = T(0);
+            if (Sum<T>(mask.value[i]) <= Sum<T>(0)) vector.value[i] = T(Sum<T>(0));
     }
     return vector;
 }

@@ -22,7 +22,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <limits>
 
-#include "port.cuh"
+#include "vector.cuh"
 
 namespace zfcuda {
 namespace {
@@ -32,8 +32,9 @@ constexpr int kRow = kSide + 1;  // of a staged channel: rows and columns in dif
 
 template <typename T>
 struct Norm {
+    using V = Sum<T>;
     NormShape s;
-    T scale, beta, k;  // scale = alpha / size
+    V scale, beta, k;  // scale = alpha / size
     std::int64_t pixel_tiles, channel_tiles;
 
     // [first, last) of the channels whose squares divide channel c.
@@ -45,15 +46,18 @@ struct Norm {
         return end < s.channels ? end : s.channels;
     }
     // d[c] of the pixel whose channel 0 is at `column`.
-    __device__ T denominator(const T* column, std::int64_t step, std::int64_t c) const {
-        T sum = T(0);
+    __device__ V denominator(const T* column, std::int64_t step, std::int64_t c) const {
+        V sum = V(0);
         const std::int64_t end = last(c);
-        for (std::int64_t i = first(c); i < end; ++i) sum += column[i * step] * column[i * step];
+        for (std::int64_t i = first(c); i < end; ++i) {
+            const V value = column[i * step];
+            sum += value * value;
+        }
         return k + scale * sum;
     }
-    __device__ T power(T denominator) const {  // d ^ beta
-        if (beta == T(0.75)) {
-            const T root = sqrt(denominator);
+    __device__ V power(V denominator) const {  // d ^ beta
+        if (beta == V(0.75)) {
+            const V root = sqrt(denominator);
             return root * sqrt(root);
         }
         return pow(denominator, beta);
@@ -89,8 +93,9 @@ __global__ void __launch_bounds__(kThreads, 4)
         const std::int64_t c = tile.channel + (s.channels_last ? lane : i);
         const std::int64_t column = column_offset(s, tile.pixel + (s.channels_last ? i : lane));
         if (column < 0 || c >= s.channels) continue;
-        const T denominator = norm.denominator(input + column, step, c);
-        output[column + c * step] = input[column + c * step] / norm.power(denominator);
+        const Sum<T> denominator = norm.denominator(input + column, step, c);
+        const Sum<T> value = input[column + c * step];
+        output[column + c * step] = static_cast<T>(value / norm.power(denominator));
     }
 }
 
@@ -98,8 +103,9 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 4)
     local_response_norm_gradient_kernel(Norm<T> norm, const T* input, const T* grad_output,
                                         T* grad_input) {
-    ZF_SHARED(T, terms, kStage * kRow);   // t[channel][pixel]
-    ZF_SHARED(T, shares, kStage * kRow);  // g / d^beta, a channel's own share
+    using V = Sum<T>;
+    ZF_SHARED(V, terms, kStage * kRow);   // t[channel][pixel]
+    ZF_SHARED(V, shares, kStage * kRow);  // g / d^beta, a channel's own share
     const NormShape& s = norm.s;
     const NormTile tile(norm);
     const std::int64_t step = s.layout().step_channel();
@@ -111,7 +117,8 @@ __global__ void __launch_bounds__(kThreads, 4)
     const std::int64_t end = tile.channel + kSide + after;
     const std::int64_t last = end < s.channels ? end : s.channels;
 
-    const T factor = 2 * norm.beta * norm.scale;
+    const V factor = 2 * norm.beta * norm.scale;
+    V gradient[kSide / kWarps] = {};  // of this thread's channels and pixels, over all stages
     for (std::int64_t stage = first; stage < last; stage += kStage) {
         const int channels = static_cast<int>(last - stage < kStage ? last - stage : kStage);
         const int slow_count = s.channels_last ? kSide : channels;
@@ -122,18 +129,20 @@ __global__ void __launch_bounds__(kThreads, 4)
                 const int pixel = s.channels_last ? slow : fast;
                 const std::int64_t column = column_offset(s, tile.pixel + pixel);
                 const std::int64_t c = stage + channel;
-                T share = T(0), term = T(0);
+                V share = V(0), term = V(0);
                 if (column >= 0) {
                     const std::int64_t offset = column + c * step;
-                    const T denominator = norm.denominator(input + column, step, c);
-                    share = grad_output[offset] / norm.power(denominator);
-                    term = share * input[offset] / denominator;
+                    const V denominator = norm.denominator(input + column, step, c);
+                    share = V(grad_output[offset]) / norm.power(denominator);
+                    term = share * V(input[offset]) / denominator;
                 }
                 terms[channel * kRow + pixel] = term;
                 shares[channel * kRow + pixel] = share;
             }
         __syncthreads();
-        for (int slow = warp; slow < kSide; slow += kWarps) {
+#pragma unroll
+        for (int i = 0; i < kSide / kWarps; ++i) {
+            const int slow = warp + i * kWarps;
             const std::int64_t c = tile.channel + (s.channels_last ? lane : slow);
             const int pixel = s.channels_last ? slow : lane;
             const std::int64_t column = column_offset(s, tile.pixel + pixel);
@@ -141,13 +150,12 @@ __global__ void __launch_bounds__(kThreads, 4)
             const std::int64_t own = c - stage;
             const std::int64_t begin = own > before ? own - before : 0;
             const std::int64_t stop = own + after < channels ? own + after + 1 : channels;
-            T sum = T(0);
+            V sum = V(0);
             for (std::int64_t j = begin; j < stop; ++j) sum += terms[j * kRow + pixel];
             const std::int64_t offset = column + c * step;
-            // Stages add up in the result, where each thread finds its own again.
-            T gradient = stage > first ? grad_input[offset] : T(0);
-            if (own >= 0 && own < channels) gradient += shares[own * kRow + pixel];
-            grad_input[offset] = gradient - factor * input[offset] * sum;
+            if (own >= 0 && own < channels) gradient[i] += shares[own * kRow + pixel];
+            gradient[i] -= factor * V(input[offset]) * sum;
+            if (stage + kStage >= last) grad_input[offset] = static_cast<T>(gradient[i]);
         }
         __syncthreads();
     }
@@ -157,7 +165,8 @@ template <typename T, typename... Arguments>
 void launch_norm(void (*kernel)(Norm<T>, Arguments...), const NormShape& s, double alpha,
                  double beta, double k, const Exec& exec, Arguments... arguments) {
     if (s.elements() == 0) return;
-    Norm<T> norm = {s, T(alpha / double(s.size)), T(beta), T(k), 0, 0};
+    using V = Sum<T>;
+    Norm<T> norm = {s, V(alpha / double(s.size)), V(beta), V(k), 0, 0};
     norm.pixel_tiles = (s.batch * s.height * s.width + kSide - 1) / kSide;
     norm.channel_tiles = (s.channels + kSide - 1) / kSide;
     const std::int64_t blocks = norm.pixel_tiles * norm.channel_tiles;
@@ -185,15 +194,16 @@ void gradient(const NormShape& s, double alpha, double beta, double k, Address i
 
 void local_response_norm(const NormShape& s, Dtype dtype, double alpha, double beta, double k,
                          Address input, Address output, const Exec& exec) {
-    (dtype == Dtype::float32 ? forward<float> : forward<double>)(s, alpha, beta, k, input, output,
-                                                                 exec);
+    with_dtype(dtype,
+               [&](auto zero) { forward<decltype(zero)>(s, alpha, beta, k, input, output, exec); });
 }
 
 void local_response_norm_gradient(const NormShape& s, Dtype dtype, double alpha, double beta,
                                   double k, Address input, Address grad_output, Address grad_input,
                                   const Exec& exec) {
-    (dtype == Dtype::float32 ? gradient<float> : gradient<double>)(s, alpha, beta, k, input,
-                                                                   grad_output, grad_input, exec);
+    with_dtype(dtype, [&](auto zero) {
+        gradient<decltype(zero)>(s, alpha, beta, k, input, grad_output, grad_input, exec);
+    });
 }
 
 }  // namespace zfcuda

@@ -95,19 +95,19 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     map_maximum_kernel(Maximum m, const T* input, const T* pooled, const std::uint8_t* switches,
                        T* values, std::int64_t* positions) {
-    ZF_SHARED(Best<T>, met, kThreads);
+    ZF_SHARED(Best<Sum<T>>, met, kThreads);
     const PoolShape& s = m.s;
     const int thread = threadIdx.x, step = kThreads / m.maps, first = thread / m.maps;
     const std::int64_t groups = (s.channels + m.maps - 1) / m.maps;
     const std::int64_t n = blockIdx.x / groups;
     const std::int64_t c = blockIdx.x % groups * m.maps + thread % m.maps;
 
-    Best<T> best = {T(-INFINITY), 0};
+    Best<Sum<T>> best = {Sum<T>(-INFINITY), 0};
     if (c < s.channels) {
         const int width = static_cast<int>(s.in_width);
         for_each_position(m.pooled, first, step, [&](int y, int x) {
             const std::int64_t at = s.output().offset(n, c, y, x);
-            const T value = pooled[at];
+            const Sum<T> value = pooled[at];
             if (!(value >= best.value)) return;
             const int tap = switches[at], kernel = static_cast<int>(s.kernel_w);
             const std::int64_t row = y * s.stride_h - s.padding_h + tap / kernel;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
         if (thread < half) met[thread].offer(met[thread + half].value, met[thread + half].position);
     }
     if (first == 0 && c < s.channels) {
-        values[n * s.channels + c] = met[thread].value;
+        values[n * s.channels + c] = static_cast<T>(met[thread].value);
         positions[n * s.channels + c] = met[thread].position;
     }
 }
@@ -141,16 +141,12 @@ void map_maximum(const PoolShape& s, Dtype dtype, Address input, Address pooled,
     if (blocks == 0) return;
     if (blocks > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: map_maximum of over 2^31 maps");
-    const auto run = [&](auto kernel, auto zero) {
+    with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, exec, maximum,
-               input.as<const T>(), pooled.as<const T>(), switches.as<const std::uint8_t>(),
-               values.as<T>(), positions.as<std::int64_t>());
-    };
-    if (dtype == Dtype::float32)
-        run(map_maximum_kernel<float>, float{});
-    else
-        run(map_maximum_kernel<double>, double{});
+        launch(map_maximum_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, exec,
+               maximum, input.as<const T>(), pooled.as<const T>(),
+               switches.as<const std::uint8_t>(), values.as<T>(), positions.as<std::int64_t>());
+    });
 }
 
 }  // namespace zfcuda

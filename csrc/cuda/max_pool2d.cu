@@ -20,13 +20,13 @@ namespace {
 
 template <typename T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    max_pool2d_kernel(PoolShape s, Places inputs, Places outputs, T least, const T* input,
+    max_pool2d_kernel(PoolShape s, Places inputs, Places outputs, Sum<T> least, const T* input,
                       T* output, std::uint8_t* switches) {
     for_each_place(outputs, [&](std::int64_t index, const Place& place) {
         const std::int64_t top = place.y * s.stride_h - s.padding_h;
         const std::int64_t left = place.x * s.stride_w - s.padding_w;
         const T* const window = input + inputs.offset(place.slab, 0, 0, place.inner);
-        Vector<T, kVector> best;
+        Vector<Sum<T>, kVector> best;
         Vector<std::uint8_t, kVector> where = {};
 #pragma unroll
         for (int e = 0; e < kVector; ++e) best.value[e] = least;
@@ -37,11 +37,11 @@ __global__ void __launch_bounds__(kThreads)
             for (int j = 0; j < s.kernel_w; ++j) {
                 const std::int64_t x = left + j * s.dilation_w;
                 if (x < 0 || x >= s.in_width) continue;
-                const auto values = load_vector<T, kVector>(window + y * inputs.row_elements +
-                                                            x * inputs.column_elements);
+                const auto values = load_wide<T, kVector>(window + y * inputs.row_elements +
+                                                          x * inputs.column_elements);
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
-                    const T value = values.value[e];
+                    const auto value = values.value[e];
                     const bool more = value > best.value[e] || value != value;
                     if (first || more)
                         where.value[e] = static_cast<std::uint8_t>(i * s.kernel_w + j);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads)
                 first = false;
             }
         }
-        store_vector(output + index * kVector, best);
+        store_rounded(output + index * kVector, best);
         store_vector(switches + index * kVector, where);
     });
 }
@@ -60,19 +60,14 @@ __global__ void __launch_bounds__(kThreads)
 void max_pool2d(const PoolShape& s, Dtype dtype, bool relu, Address input, Address output,
                 Address switches, const Exec& exec) {
     if (s.outputs() == 0) return;
-    const auto run = [&](auto kernel, auto zero, int vector) {
+    const bool four = four_channels(s.output(), dtype, input, output, switches);
+    with_vector(dtype, four, [&](auto zero, auto vector) {
         using T = decltype(zero);
         const Places inputs(s.input(), s.batch, vector), outputs(s.output(), s.batch, vector);
-        launch(kernel, outputs.grid(), dim3(kThreads), 0, exec, s, inputs, outputs,
-               relu ? T(0) : T(-INFINITY), input.as<const T>(), output.as<T>(),
+        launch(max_pool2d_kernel<T, vector()>, outputs.grid(), dim3(kThreads), 0, exec, s, inputs,
+               outputs, relu ? Sum<T>(0) : Sum<T>(-INFINITY), input.as<const T>(), output.as<T>(),
                switches.as<std::uint8_t>());
-    };
-    if (four_channels(s.output(), dtype, input, output, switches))
-        run(max_pool2d_kernel<float, 4>, float{}, 4);
-    else if (dtype == Dtype::float32)
-        run(max_pool2d_kernel<float, 1>, float{}, 1);
-    else
-        run(max_pool2d_kernel<double, 1>, double{}, 1);
+    });
 }
 
 }  // namespace zfcuda

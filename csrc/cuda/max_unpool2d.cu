@@ -19,16 +19,16 @@ __global__ void __launch_bounds__(kThreads)
     max_unpool2d_kernel(Windows w, bool overwrite, const T* pooled, const std::uint8_t* switches,
                         T* unpooled) {
     for_each_place(w.unpooled, [&](std::int64_t index, const Place& place) {
-        Vector<T, kVector> sum = {};
+        Vector<Sum<T>, kVector> sum = {};
         for_each_window(w, place, [&](std::int64_t offset, int here) {
             const auto where = load_vector<std::uint8_t, kVector>(switches + offset);
-            const auto value = load_vector<T, kVector>(pooled + offset);
+            const auto value = load_wide<T, kVector>(pooled + offset);
 #pragma unroll
             for (int e = 0; e < kVector; ++e)
                 if (where.value[e] == here)
                     sum.value[e] = overwrite ? value.value[e] : sum.value[e] + value.value[e];
         });
-        store_vector(unpooled + index * kVector, sum);
+        store_rounded(unpooled + index * kVector, sum);
     });
 }
 
@@ -40,10 +40,10 @@ __device__ Place switch_target(const Windows& w, const Place& window, int where)
     return {window.slab, inside ? y : -1, x, window.inner};
 }
 
-template <typename T>
+template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    switch_gather_kernel(Windows w, bool overwrite, const T* unpooled, const std::uint8_t* switches,
-                         T* pooled) {
+    switch_gather_kernel(Windows w, bool overwrite, const Word* unpooled,
+                         const std::uint8_t* switches, Word* pooled) {
     for_each_place(w.pooled, [&](std::int64_t index, const Place& place) {
         const Place target = switch_target(w, place, switches[index]);
         std::int64_t owner = target.y >= 0 ? index : -1;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
         pooled[index] =
             owner == index
                 ? unpooled[w.unpooled.offset(target.slab, target.y, target.x, target.inner)]
-                : T(0);
+                : Word(0);
     });
 }
 
@@ -74,33 +74,26 @@ __global__ void __launch_bounds__(kThreads)
 void max_unpool2d(const PoolShape& s, Dtype dtype, bool overwrite, Address pooled, Address switches,
                   Address unpooled, const Exec& exec) {
     if (s.inputs() == 0) return;
-    const auto run = [&](auto kernel, auto zero, int vector) {
+    const bool four = four_channels(s.input(), dtype, pooled, switches, unpooled);
+    with_vector(dtype, four, [&](auto zero, auto vector) {
         using T = decltype(zero);
         const Windows windows(s, vector);
-        launch(kernel, windows.unpooled.grid(), dim3(kThreads), 0, exec, windows, overwrite,
-               pooled.as<const T>(), switches.as<const std::uint8_t>(), unpooled.as<T>());
-    };
-    if (four_channels(s.input(), dtype, pooled, switches, unpooled))
-        run(max_unpool2d_kernel<float, 4>, float{}, 4);
-    else if (dtype == Dtype::float32)
-        run(max_unpool2d_kernel<float, 1>, float{}, 1);
-    else
-        run(max_unpool2d_kernel<double, 1>, double{}, 1);
+        launch(max_unpool2d_kernel<T, vector()>, windows.unpooled.grid(), dim3(kThreads), 0, exec,
+               windows, overwrite, pooled.as<const T>(), switches.as<const std::uint8_t>(),
+               unpooled.as<T>());
+    });
 }
 
 void switch_gather(const PoolShape& s, Dtype dtype, bool overwrite, Address unpooled,
                    Address switches, Address pooled, const Exec& exec) {
     if (s.outputs() == 0) return;
-    const auto run = [&](auto kernel, auto zero) {
-        using T = decltype(zero);
+    with_word(dtype, [&](auto word) {
+        using Word = decltype(word);
         const Windows windows(s, 1);
-        launch(kernel, windows.pooled.grid(), dim3(kThreads), 0, exec, windows, overwrite,
-               unpooled.as<const T>(), switches.as<const std::uint8_t>(), pooled.as<T>());
-    };
-    if (dtype == Dtype::float32)
-        run(switch_gather_kernel<float>, float{});
-    else
-        run(switch_gather_kernel<double>, double{});
+        launch(switch_gather_kernel<Word>, windows.pooled.grid(), dim3(kThreads), 0, exec, windows,
+               overwrite, unpooled.as<const Word>(), switches.as<const std::uint8_t>(),
+               pooled.as<Word>());
+    });
 }
 
 void find_invalid_switch(const PoolShape& s, Address switches, Address first_invalid,

@@ -69,6 +69,22 @@ struct Tf32x3 {
     }
 };
 
+// float16 or bfloat16: products are exact and sums float32, so that a result is rounded once.
+template <typename Half>
+struct Halves {
+    using T = Half;
+    struct Left {
+        std::uint32_t bits[4];
+    };
+    __device__ static void prepare(Left&) {}
+    __device__ static void multiply(float (&d)[4], const Left& a, const std::uint32_t (&b)[2]) {
+        if constexpr (std::is_same_v<Half, __half>)
+            mma_fp16(d, a.bits, b);
+        else
+            mma_bf16(d, a.bits, b);
+    }
+};
+
 using Piece = Vector<std::uint32_t, 4>;
 
 // The sizes of a block's product; each warp has kWarpM x kWarpN of its kM x kN results.

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <limits>
 
-#include "port.cuh"
+#include "vector.cuh"
 
 namespace zfcuda {
 namespace {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kFilterThreads)
     T* const filter = weight + std::int64_t(blockIdx.x) * size;
     double sum = 0;
     for (std::int64_t i = threadIdx.x; i < size; i += kFilterThreads)
-        sum += double(filter[i]) * double(filter[i]);
+        sum += double(Sum<T>(filter[i])) * double(Sum<T>(filter[i]));
     sums[threadIdx.x] = sum;
     __syncthreads();
     for (unsigned half = kFilterThreads / 2; half > 0; half /= 2) {
@@ -34,8 +34,9 @@ __global__ void __launch_bounds__(kFilterThreads)
     }
     const double rms = sqrt(sums[0] / double(size));
     if (!(rms > max_rms && rms < INFINITY)) return;
-    const T scale = static_cast<T>(max_rms / rms);
-    for (std::int64_t i = threadIdx.x; i < size; i += kFilterThreads) filter[i] *= scale;
+    const auto scale = static_cast<Sum<T>>(max_rms / rms);
+    for (std::int64_t i = threadIdx.x; i < size; i += kFilterThreads)
+        filter[i] = static_cast<T>(Sum<T>(filter[i]) * scale);
 }
 
 }  // namespace
@@ -45,14 +46,11 @@ void renormalize_filters(std::int64_t filters, std::int64_t size, Dtype dtype, d
     if (filters * size == 0) return;
     if (filters > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: renormalize_filters of over 2^31 filters");
-    const auto run = [&](auto kernel, auto zero) {
-        launch(kernel, dim3(static_cast<unsigned>(filters)), dim3(kFilterThreads), 0, exec, size,
-               max_rms, weight.as<decltype(zero)>());
-    };
-    if (dtype == Dtype::float32)
-        run(renormalize_filters_kernel<float>, float{});
-    else
-        run(renormalize_filters_kernel<double>, double{});
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        launch(renormalize_filters_kernel<T>, dim3(static_cast<unsigned>(filters)),
+               dim3(kFilterThreads), 0, exec, size, max_rms, weight.as<T>());
+    });
 }
 
 }  // namespace zfcuda

@@ -13,9 +13,11 @@ struct alignas(16) TapPixel {
     int y, x;
 };
 
-// The source is a tensor, zero where `forward` is given and blocks it.
+// The source is a tensor, zero where `forward` is given and blocks it. A source's Value is what it
+// loads.
 template <typename T>
 struct TensorSource {
+    using Value = T;
     const T *values, *forward;
 
     // kVector channels from element `offset` on, which lies at row y and column x.
@@ -98,30 +100,31 @@ inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
 
 // The bias of four columns of a group, zero beyond the last.
 template <typename T>
-__device__ void load_bias(const TapPlan& p, int group, const T* bias, int column, T (&shift)[4]) {
+__device__ void load_bias(const TapPlan& p, int group, const T* bias, int column,
+                          Sum<T> (&shift)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
         shift[j] = bias != nullptr && column + j < p.columns
-                       ? bias[std::int64_t(group) * p.columns + column + j]
-                       : T(0);
+                       ? Sum<T>(bias[std::int64_t(group) * p.columns + column + j])
+                       : Sum<T>(0);
 }
 
-// Where finished sums go, and what the convolution's gate does to them on the way.
+// Where finished sums go, rounded, and what the convolution's gate does to them on the way.
 template <typename T, bool kTransposed>
 struct TapResult {
     T* values;
     const T* forward;
     bool rectified;
 
-    __device__ T finish(T value, std::int64_t offset) const {
-        if (!kTransposed && forward != nullptr && forward[offset] <= T(0)) return T(0);
-        return !kTransposed && rectified ? rectify(value) : value;
+    __device__ T finish(Sum<T> value, std::int64_t offset) const {
+        if (!kTransposed && forward != nullptr && Sum<T>(forward[offset]) <= Sum<T>(0)) value = 0;
+        return static_cast<T>(!kTransposed && rectified ? rectify(value) : value);
     }
-    __device__ void store(T value, std::int64_t offset) const {
+    __device__ void store(Sum<T> value, std::int64_t offset) const {
         values[offset] = finish(value, offset);
     }
     // Four that are neighbours in memory, aligned.
-    __device__ void store_quad(const T (&quad)[4], std::int64_t offset) const {
+    __device__ void store_quad(const Sum<T> (&quad)[4], std::int64_t offset) const {
         constexpr int kPack = Pack<T>::size < 4 ? Pack<T>::size : 4;
 #pragma unroll
         for (int e = 0; e < 4; e += kPack) {
@@ -132,7 +135,7 @@ struct TapResult {
         }
     }
     // Four channels of an NHWC pixel, those there are.
-    __device__ void store_channels(const TapPlan& p, const T (&quad)[4], std::int64_t target,
+    __device__ void store_channels(const TapPlan& p, const Sum<T> (&quad)[4], std::int64_t target,
                                    int column) const {
         if (target < 0 || column >= p.columns) return;
         if (p.quads) return store_quad(quad, target + column);

@@ -37,16 +37,17 @@ namespace zfcuda {
 
 template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector,
           typename Source>
-__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
-    tap_gemm_kernel(TapPlan p, Source source, const T* packed, const T* bias, const T* forward,
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
+    tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
                     T* result) {
-    constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<T>::size;
-    ZF_SHARED(Pack<T>, left_tiles, 2 * kDepth * kM / kPack);
-    ZF_SHARED(Pack<T>, right_tiles, 2 * kDepth * kN / kPack);
+    using V = Sum<T>;
+    constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
+    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kM / kPack);
+    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kN / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
     ZF_SHARED(std::int64_t, targets, kM);
-    const TapTiles<T, Tile> tiles = {reinterpret_cast<T*>(left_tiles),
-                                     reinterpret_cast<T*>(right_tiles), pixels};
+    const TapTiles<V, Tile> tiles = {reinterpret_cast<V*>(left_tiles),
+                                     reinterpret_cast<V*>(right_tiles), pixels};
     const int thread = threadIdx.x;
 
     const auto block = tap_block<kTransposed, kM, kN>(p);
@@ -58,12 +59,12 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
     __syncthreads();
 
     typename Tile::Accumulator sum = {};
-    tap_product<T, Tile, kTransposed, kChannelsLast, kVector>(
+    tap_product<V, Tile, kTransposed, kChannelsLast, kVector>(
         p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
     // Bias and gate; then quads of neighbours: pixels in NCHW, channels in NHWC.
     const int column = block.first_column + Tile::column();
-    T shift[4];
+    V shift[4];
     load_bias(p, block.group, bias, column, shift);
     const TapResult<T, kTransposed> to = {result, forward, p.rectify};
 #pragma unroll
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<T>)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
-            T quad[4];
+            V quad[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 quad[e] = kChannelsLast ? sum[i + j][e] + shift[e] : sum[i + e][j] + shift[j];
@@ -105,21 +106,22 @@ struct TapVariant {
 // body(TapVariant{}) for the best variant; `vector`: whether the source goes by four channels.
 template <typename Body>
 void with_variant(const TapPlan& p, Dtype dtype, bool channels_last, bool vector, Body&& body) {
-    if (dtype == Dtype::float64) {
-        using Square = Tile<double, 64, 64>;
-        return channels_last ? body(TapVariant<double, Square, true, 1>{})
-                             : body(TapVariant<double, Square, false, 1>{});
-    }
-    using Wide = Tile<float, 128, 64>;
-    using Narrow = Tile<float, 256, 16>;
-    if (narrow(p.columns, dtype)) {
-        if (vector) return body(TapVariant<float, Narrow, true, 4>{});
-        if (channels_last) return body(TapVariant<float, Narrow, true, 1>{});
-        return body(TapVariant<float, Narrow, false, 1>{});
-    }
-    if (vector) return body(TapVariant<float, Wide, true, 4>{});
-    if (channels_last) return body(TapVariant<float, Wide, true, 1>{});
-    body(TapVariant<float, Wide, false, 1>{});
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        const auto with_tile = [&](auto tile) {
+            using BlockTile = decltype(tile);
+            if constexpr (sizeof(T) <= 4)
+                if (vector) return body(TapVariant<T, BlockTile, true, 4>{});
+            if (channels_last) return body(TapVariant<T, BlockTile, true, 1>{});
+            body(TapVariant<T, BlockTile, false, 1>{});
+        };
+        if constexpr (sizeof(T) == 8)
+            with_tile(Tile<double, 64, 64>{});
+        else if (narrow(p.columns, dtype))
+            with_tile(Tile<float, 256, 16>{});
+        else
+            with_tile(Tile<float, 128, 64>{});
+    });
 }
 
 template <typename Variant, bool kTransposed, typename Source>
@@ -135,7 +137,7 @@ void launch_tap_gemm(TapPlan p, const Source& source, Address packed, Address bi
     const bool dense = kChannelsLast || p.y.phases * p.x.phases == 1;
     p.quads = dense && neighbours % 4 == 0 && aligned(result);
     launch(tap_gemm_kernel<T, Tile, kTransposed, kChannelsLast, Variant::kVector, Source>, grid,
-           dim3(kTileThreads), 0, exec, p, source, packed.as<const T>(), bias.as<const T>(),
+           dim3(kTileThreads), 0, exec, p, source, packed.as<const Sum<T>>(), bias.as<const T>(),
            forward.as<const T>(), result.as<T>());
 }
 
@@ -152,7 +154,7 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
                                (kTransposed ? mask : Address{}).template as<const T>()};
     };
     if (way != Way::fma)
-        return with_factors(way, [&](auto factors) {
+        return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = tensor(typename Factors::T{});
             launch_tap_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);

@@ -130,9 +130,9 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
             } else {
                 staged[i] = {};
                 if (reads)
-                    staged[i] = source.template load<kElements>(
+                    staged[i] = convert<T>(source.template load<kElements>(
                         from[i], pixels[i].y + at.row * p.y.offset_step,
-                        pixels[i].x + at.column * p.x.offset_step);
+                        pixels[i].x + at.column * p.x.offset_step));
             }
         }
     };
@@ -223,11 +223,11 @@ __global__ void __launch_bounds__(Tile::kThreads)
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
         const int column = block.first_column + Tile::column(j);
-        T shift[4];
+        Sum<T> shift[4];
         load_bias(p, block.group, bias, column, shift);
 #pragma unroll
         for (int i = 0; i < Tile::kRows; ++i) {
-            T quad[4];
+            Sum<T> quad[4];
             Tile::quad(sum, i, j, quad);
 #pragma unroll
             for (int e = 0; e < 4; ++e) quad[e] += shift[e];
@@ -238,8 +238,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 // body(Factors{}) for a way on the tensor cores.
 template <typename Body>
-void with_factors(Way way, Body&& body) {
-    way == Way::tf32 ? body(Tf32{}) : body(Tf32x3{});
+void with_factors(Way way, Dtype dtype, Body&& body) {
+    if (way == Way::tf32) return body(Tf32{});
+    if (way == Way::tf32x3) return body(Tf32x3{});
+    dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
 // body(Tile{}) for the tile of a product: large ones, where no column of theirs is padding alone

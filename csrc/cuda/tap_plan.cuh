@@ -12,7 +12,7 @@ constexpr int kPackThreads = 256;
 
 // How the product runs: by FMA (tap_gemm.cuh), or on the tensor cores (tap_mma.cuh) from factors of
 // this kind.
-enum class Way { fma, tf32, tf32x3 };
+enum class Way { fma, tf32, tf32x3, halves };
 
 // One dimension of the plan: `size` pixels of the result, in `phases` phases.
 struct TapAxis {
@@ -90,19 +90,19 @@ TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, st
 
 // A group with few result channels has a tile of its own.
 inline bool narrow(std::int64_t columns, Dtype dtype) {
-    return dtype == Dtype::float32 && columns <= 16;
+    return dtype != Dtype::float64 && columns <= 16;
 }
 
 inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
     return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
 }
 
-// Bytes of the packed weights.
+// Bytes that the packed weights have room in.
 template <bool kTransposed>
 std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
-    return s.groups * s.taps() * channels * padded_columns(columns, dtype) * element_bytes(dtype);
+    return s.groups * s.taps() * channels * padded_columns(columns, dtype) * sum_bytes(dtype);
 }
 
 template <bool kTransposed>
@@ -137,10 +137,10 @@ ZF_HD std::int64_t mma_slot(std::int64_t column) {
 // cores packed[group][tap][piece][slot of the column][channel of the piece], with pieces of 16
 // bytes. The source channels are the weight's second dimension in a convolution and its first in
 // the transposed one. A 32 x 32 tile goes through shared memory: lanes along the taps to read,
-// along columns to write.
-template <typename T, bool kTransposed>
-__global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
-    ZF_SHARED(T, tile, 32 * 33);
+// along columns to write. FMA takes halves as floats, the tensor cores as they are.
+template <typename T, typename Packed, bool kTransposed>
+__global__ void pack_weights_kernel(TapPlan p, const T* weight, Packed* packed) {
+    ZF_SHARED(Packed, tile, 32 * 33);
     const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
     // Rows of the tile: result columns. Its columns: what is contiguous in the weight.
     const std::int64_t batches = kTransposed ? p.channels : 1;
@@ -159,7 +159,9 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i = warp; i < 32; i += kPackThreads / 32) {
         const bool inside = first_column + i < p.columns && first + lane < length;
-        tile[i * 33 + lane] = inside ? from[(first_column + i) * row_stride + first + lane] : T(0);
+        T value = {};
+        if (inside) value = from[(first_column + i) * row_stride + first + lane];
+        tile[i * 33 + lane] = static_cast<Packed>(value);
     }
     __syncthreads();
     for (int i = warp; i < 32; i += kPackThreads / 32) {
@@ -168,37 +170,40 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, T* packed) {
         const std::int64_t channel = index / taps, tap = index % taps;
         const std::int64_t row = (group * taps + tap) * p.channels + channel;
         const std::int64_t column = first_column + lane;
-        T value = tile[lane * 33 + i];
+        Packed value = tile[lane * 33 + i];
         std::int64_t to = row * p.padded_columns + column;
         if (p.way != Way::fma) {
-            constexpr int kPiece = Pack<T>::size;
+            constexpr int kPiece = Pack<Packed>::size;
             to = (row / kPiece * p.padded_columns + mma_slot(column)) * kPiece + row % kPiece;
-            if constexpr (std::is_same_v<T, float>)
+            if constexpr (std::is_same_v<Packed, float>)
                 if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
         }
         packed[to] = value;
     }
 }
 
-template <typename T, bool kTransposed>
+template <typename T, typename Packed, bool kTransposed>
 void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const Exec& exec) {
     const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
     const std::int64_t tiles =
         kTransposed ? (taps + 31) / 32 * p.channels : (taps * p.channels + 31) / 32;
     const std::int64_t blocks = tiles * ((p.padded_columns + 31) / 32) * p.groups;
     if (blocks == 0) return;
-    launch(pack_weights_kernel<T, kTransposed>, dim3(static_cast<unsigned>(blocks)),
-           dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<T>());
+    launch(pack_weights_kernel<T, Packed, kTransposed>, dim3(static_cast<unsigned>(blocks)),
+           dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<Packed>());
 }
 
 template <bool kTransposed>
 void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Address packed,
                   const Exec& exec) {
     const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
-    if (dtype == Dtype::float32)
-        launch_pack_weights<float, kTransposed>(p, weight, packed, exec);
-    else
-        launch_pack_weights<double, kTransposed>(p, weight, packed, exec);
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        if (way == Way::fma)
+            launch_pack_weights<T, Sum<T>, kTransposed>(p, weight, packed, exec);
+        else
+            launch_pack_weights<T, T, kTransposed>(p, weight, packed, exec);
+    });
 }
 
 // Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels, on an
@@ -206,11 +211,20 @@ void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Addr
 template <bool kTransposed, typename... Addresses>
 Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
-    if (dtype != Dtype::float32 || exec.precision == Precision::ieee || !s.channels_last ||
-        channels % 4 != 0 || !aligned(addresses...) ||
-        architecture(&pack_weights_kernel<float, kTransposed>, exec) < 80)
+    if (dtype == Dtype::float64 || !s.channels_last || !aligned(addresses...) ||
+        channels * element_bytes(dtype) % 16 != 0 ||
+        architecture(&pack_weights_kernel<float, float, kTransposed>, exec) <
+            (dtype == Dtype::float16 ? 75 : 80))
         return Way::fma;
-    return exec.precision == Precision::tf32 ? Way::tf32 : Way::tf32x3;
+    if (dtype != Dtype::float32) return Way::halves;
+    switch (exec.precision) {
+        case Precision::tf32:
+            return Way::tf32;
+        case Precision::tf32x3:
+            return Way::tf32x3;
+        default:
+            return Way::fma;
+    }
 }
 
 }  // namespace zfcuda

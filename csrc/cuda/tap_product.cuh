@@ -49,7 +49,9 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     const std::int64_t step_x = p.x.offset_step * p.steps.column;
     const std::int64_t step_channel = kChannelsLast ? 1 : p.steps.channel;
 
-    Vector<T, kVector> staged[kLoads];
+    // Halves stay halves until they are stored: widening them here would wait for them.
+    using Staged = Vector<typename Source::Value, kVector>;
+    Staged staged[kLoads];
     Pack<T> staged_right;
 
     // What a tap and channel add to a pixel's position; beyond the last tap it is outside.
@@ -75,7 +77,7 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     };
     const unsigned height = static_cast<unsigned>(p.height);
     const unsigned breadth = static_cast<unsigned>(p.width);
-    auto fetch_left = [&](const TapPixel& pixel, const TapPixel& tap) -> Vector<T, kVector> {
+    auto fetch_left = [&](const TapPixel& pixel, const TapPixel& tap) -> Staged {
         const bool inside = static_cast<unsigned>(pixel.y + tap.y) < height &&
                             static_cast<unsigned>(pixel.x + tap.x) < breadth;
         if (!inside) return {};
@@ -118,7 +120,7 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
             for (int j = 0; j < kVector; ++j) {
                 const int k = kChannelsLast ? load_k + j : load_k + i;
                 const int row = kChannelsLast ? load_row + i * (kTileThreads / kLanes) : load_row;
-                const T value = staged[i].value[j];
+                const T value = static_cast<T>(staged[i].value[j]);
                 to[tile_slot<kM>(k, row)] = kTransposed && p.rectify ? rectify(value) : value;
             }
         if (loads_right)

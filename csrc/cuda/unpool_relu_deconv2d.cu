@@ -22,6 +22,7 @@ namespace {
 
 template <typename T>
 struct UnpooledSource {
+    using Value = Sum<T>;
     WindowAxis y, x;
     std::int64_t row_step, column_step;  // of the signal
     const T* signal;
@@ -31,8 +32,8 @@ struct UnpooledSource {
 
     // kVector channels of the maps at a row and column; `offset` is that of window (0, 0).
     template <int kVector>
-    __device__ Vector<T, kVector> load(std::int64_t offset, int row, int column) const {
-        Vector<T, kVector> sum = {};
+    __device__ Vector<Value, kVector> load(std::int64_t offset, int row, int column) const {
+        Vector<Value, kVector> sum = {};
         const int last_y = y.last(row), last_x = x.last(column);
         for (int oy = y.first(row); oy <= last_y; ++oy) {
             const int i = y.tap(row, oy);
@@ -42,7 +43,7 @@ struct UnpooledSource {
                 if (j < 0) continue;
                 const std::int64_t at = offset + oy * row_step + ox * column_step;
                 const auto where = load_vector<std::uint8_t, kVector>(switches + at);
-                const auto value = load_gated<T, kVector>(signal, forward, at);
+                const auto value = convert<Value>(load_gated<T, kVector>(signal, forward, at));
 #pragma unroll
                 for (int e = 0; e < kVector; ++e)
                     if (where.value[e] == i * x.kernel + j)
@@ -84,7 +85,7 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
                                  overwrite};
     };
     if (way != Way::fma)
-        return with_factors(way, [&](auto factors) {
+        return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = source(typename Factors::T{});
             launch_tap_mma<Factors, true>(p, from, workspace, bias, Address{}, image, exec);

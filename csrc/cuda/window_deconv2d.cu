@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads)
     window_maps_kernel(Windows w, const T* signal, const std::uint8_t* switches,
                        const std::uint8_t* positive, std::int64_t bit_bytes, T* maps) {
     for_each_place(w.unpooled, [&](std::int64_t index, const Place& place) {
-        Vector<T, kVector> sum = {};
+        Vector<Sum<T>, kVector> sum = {};
         for_each_window(w, place, [&](std::int64_t offset, int here) {
-            const auto value = load_vector<T, kVector>(signal + offset);
+            const auto value = load_wide<T, kVector>(signal + offset);
             Vector<std::uint8_t, kVector> where = {};  // without a pool: the only position, 0
             if (switches != nullptr) where = load_vector<std::uint8_t, kVector>(switches + offset);
 #pragma unroll
@@ -56,16 +56,16 @@ __global__ void __launch_bounds__(kThreads)
             const int bits = positive[pixel * bit_bytes + channel / 8] >> channel % 8;
 #pragma unroll
             for (int e = 0; e < kVector; ++e)
-                if (!(bits >> e & 1)) sum.value[e] = T(0);
+                if (!(bits >> e & 1)) sum.value[e] = Sum<T>(0);
         }
-        store_vector(maps + index * kVector, sum);
+        store_rounded(maps + index * kVector, sum);
     });
 }
 
 // Zero outside the whole map: a warp a row, whose parts outside are runs of elements.
-template <typename T>
+template <typename Word>
 __global__ void __launch_bounds__(kThreads)
-    clip_windows_kernel(WindowShape s, const std::int64_t* origins, T* image) {
+    clip_windows_kernel(WindowShape s, const std::int64_t* origins, Word* image) {
     const std::int64_t row = std::int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
     if (row >= s.windows * s.in_height) return;
     const std::int64_t* const origin = origins + row / s.in_height * 2;
@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(kThreads)
     const bool inside = y >= 0 && y < s.image_height;
     const std::int64_t first = inside ? clamp(-origin[1]) : s.in_width;
     const std::int64_t last = inside ? clamp(s.image_width - origin[1]) : s.in_width;
-    T* const to = image + row * s.in_width * s.in_channels;
+    Word* const to = image + row * s.in_width * s.in_channels;
     const int lane = threadIdx.x % 32;
-    for (std::int64_t i = lane; i < first * s.in_channels; i += 32) to[i] = T(0);
+    for (std::int64_t i = lane; i < first * s.in_channels; i += 32) to[i] = Word(0);
     for (std::int64_t i = last * s.in_channels + lane; i < s.in_width * s.in_channels; i += 32)
-        to[i] = T(0);
+        to[i] = Word(0);
 }
 
 // Windows whose maps are in the workspace at a time.
@@ -119,28 +119,26 @@ Address advance(Address address, std::int64_t elements, std::int64_t bytes) {
 
 void write_maps(const PoolShape& p, Dtype dtype, std::int64_t bit_bytes, Address signal,
                 Address switches, Address positive, Address maps, const Exec& exec) {
-    const auto run = [&](auto kernel, auto zero, int vector) {
+    const bool four = four_channels(p.input(), dtype, signal, switches, maps);
+    with_vector(dtype, four, [&](auto zero, auto vector) {
         using T = decltype(zero);
         const Windows windows(p, vector);
-        launch(kernel, windows.unpooled.grid(), dim3(kThreads), 0, exec, windows,
-               signal.as<const T>(), switches.as<const std::uint8_t>(),
+        launch(window_maps_kernel<T, vector()>, windows.unpooled.grid(), dim3(kThreads), 0, exec,
+               windows, signal.as<const T>(), switches.as<const std::uint8_t>(),
                positive.as<const std::uint8_t>(), bit_bytes, maps.as<T>());
-    };
-    if (four_channels(p.input(), dtype, signal, switches, maps))
-        run(window_maps_kernel<float, 4>, float{}, 4);
-    else if (dtype == Dtype::float32)
-        run(window_maps_kernel<float, 1>, float{}, 1);
-    else
-        run(window_maps_kernel<double, 1>, double{}, 1);
+    });
 }
 
-template <typename T>
-void clip_windows(const WindowShape& s, Address origins, Address image, const Exec& exec) {
+void clip_windows(const WindowShape& s, Dtype dtype, Address origins, Address image,
+                  const Exec& exec) {
     const std::int64_t blocks = (s.windows * s.in_height + kThreads / 32 - 1) / (kThreads / 32);
     if (blocks > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: window_deconv2d of over 2^34 rows");
-    launch(clip_windows_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, exec, s,
-           origins.as<const std::int64_t>(), image.as<T>());
+    with_word(dtype, [&](auto word) {
+        using Word = decltype(word);
+        launch(clip_windows_kernel<Word>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+               exec, s, origins.as<const std::int64_t>(), image.as<Word>());
+    });
 }
 
 }  // namespace
@@ -181,7 +179,7 @@ void window_deconv2d(const WindowShape& s, Dtype dtype, Gate gate, Address signa
         deconv2d_packed(convolution(s, windows), dtype, rectifier, maps, packed,
                         advance(image, to, bytes), exec);
     }
-    (dtype == Dtype::float32 ? clip_windows<float> : clip_windows<double>)(s, origins, image, exec);
+    clip_windows(s, dtype, origins, image, exec);
 }
 
 }  // namespace zfcuda

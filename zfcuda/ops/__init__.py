@@ -2,6 +2,9 @@
 
 In the place of tensors they take arrays of NumPy, CuPy and other libraries that speak DLPack, without gradients, and
 return arrays of the same kind: no copy is made.
+
+Tensors are floating point: float16, bfloat16, float32 or float64. Halves are stored as such, computed in float32, and
+rounded once, when a result is written.
 """
 
 from zfcuda.ops.conv2d_relu import conv2d_relu

@@ -94,9 +94,9 @@ def check_tensor(name: str, value: Tensor, rank: int = 4, like: Tensor | None = 
     if value.dim() != rank:
         hint = " (batch, channels, height, width): add a batch dimension with unsqueeze(0)" if rank == 4 else ""
         raise RuntimeError(f"{name} has shape {tuple(value.shape)}; it must have {rank} dimensions{hint}")
-    if value.dtype not in core.DTYPES or value.element_size() == 2:  # halves: no kernels yet
-        supported = "torch.float32 or torch.float64"
-        raise RuntimeError(f"{name} has dtype {value.dtype}; it must be {supported}: convert it with .to()")
+    if value.dtype not in core.DTYPES:
+        supported = ", ".join(map(str, core.DTYPES))
+        raise RuntimeError(f"{name} has dtype {value.dtype}; it must be one of {supported}: convert it with .to()")
     if rank == 4 and 0 in value.shape[1:]:
         raise RuntimeError(
             f"{name} has shape {tuple(value.shape)}; only the batch (dimension 0) may be empty: "

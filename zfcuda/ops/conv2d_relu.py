@@ -33,7 +33,7 @@ def conv2d_relu(
     Parameters
     ----------
     input
-        (batch, in_channels, height, width), or one image without the batch; float32 or float64, any strides.
+        (batch, in_channels, height, width), or one image without the batch; floating point, any strides.
     weight
         (out_channels, in_channels / groups, kernel_h, kernel_w).
     bias

@@ -48,7 +48,7 @@ def conv2d_relu_max_pool2d(
     Parameters
     ----------
     input
-        (batch, in_channels, height, width), float32 or float64, any strides.
+        (batch, in_channels, height, width), floating point, any strides.
     weight
         (out_channels, in_channels / groups, kernel_h, kernel_w).
     bias

@@ -46,7 +46,7 @@ def deconv2d(
     Parameters
     ----------
     signal
-        (batch, in_channels, height, width), or one image without the batch; float32 or float64, any strides: what
+        (batch, in_channels, height, width), or one image without the batch; floating point, any strides: what
         came down so far.
     weight
         (in_channels, out_channels / groups, kernel_h, kernel_w), as in ``conv_transpose2d``: the very weight of

@@ -33,7 +33,7 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     Parameters
     ----------
     input
-        (batch, channels, height, width), float32 or float64, any strides.
+        (batch, channels, height, width), floating point, any strides.
     size
         Channels in the window, which is clipped at the first and the last channel.
     alpha, beta, k
@@ -126,14 +126,17 @@ def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _gradient_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    """Of torch's operators: the first gradient as they compute it, differentiated again."""
+    """Of torch's operators, in float32 at least: the first gradient as they compute it, differentiated again."""
 
     def gradient(input: Tensor, grad: Tensor) -> Tensor:
         pull_back = torch.func.vjp(lambda x: F.local_response_norm(x, *ctx.constants), input)[1]
         return pull_back(grad)[0]
 
-    pull_back = torch.func.vjp(gradient, *ctx.saved_tensors)[1]
-    return *pull_back(cotangent), None, None, None, None
+    saved = ctx.saved_tensors
+    wide = torch.promote_types(cotangent.dtype, torch.float32)
+    pull_back = torch.func.vjp(gradient, *(t.to(wide) for t in saved))[1]
+    results = pull_back(cotangent.to(wide))
+    return *(r.to(t.dtype) for r, t in zip(results, saved, strict=True)), None, None, None, None
 
 
 _local_response_norm.register_autograd(_backward, _setup_context)

@@ -37,7 +37,7 @@ def map_maximum(
     Parameters
     ----------
     input
-        (batch, channels, height, width), float32 or float64, any strides.
+        (batch, channels, height, width), floating point, any strides.
     pooled, switches
         What :func:`max_pool2d` gave for ``input`` with the arguments that follow. The maximum is then taken from
         them, fewer bytes by the pool's stride; of ``input`` only what no window covers is read, and all of it where

@@ -32,7 +32,7 @@ def max_pool2d(
     Parameters
     ----------
     input
-        (batch, channels, height, width), or one image without the batch; float32 or float64, any strides.
+        (batch, channels, height, width), or one image without the batch; floating point, any strides.
     kernel_size, stride, padding, dilation, ceil_mode
         As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
         positions.

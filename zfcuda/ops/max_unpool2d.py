@@ -34,7 +34,7 @@ def max_unpool2d(
     Parameters
     ----------
     input
-        Pooled values (batch, channels, height, width), or of one image without the batch; float32 or float64, any
+        Pooled values (batch, channels, height, width), or of one image without the batch; floating point, any
         strides.
     switches
         As :func:`max_pool2d` gives them: uint8, of the input's shape.

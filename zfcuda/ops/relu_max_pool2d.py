@@ -37,7 +37,7 @@ def relu_max_pool2d(
     Parameters
     ----------
     input
-        (batch, channels, height, width), float32 or float64, any strides.
+        (batch, channels, height, width), floating point, any strides.
     kernel_size, stride, padding, dilation, ceil_mode
         As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
         positions.

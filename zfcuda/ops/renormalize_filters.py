@@ -25,7 +25,7 @@ def renormalize_filters_(weight: Tensor, max_rms: float) -> Tensor:
     Parameters
     ----------
     weight
-        (out_channels, in_channels / groups, kernel_h, kernel_w), float32 or float64, any strides; a filter is an
+        (out_channels, in_channels / groups, kernel_h, kernel_w), floating point, any strides; a filter is an
         output channel. Changed in place, not recorded by autograd, as an optimiser's step is.
     max_rms
         The largest root mean square that a filter may have, at least 0.

@@ -37,7 +37,7 @@ def switch_gather(
     Parameters
     ----------
     input
-        (batch, channels, height, width), float32 or float64, any strides.
+        (batch, channels, height, width), floating point, any strides.
     switches
         uint8, as :func:`max_pool2d` gives them for an input of this shape.
     kernel_size, stride, padding, dilation

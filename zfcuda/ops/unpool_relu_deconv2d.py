@@ -58,7 +58,7 @@ def unpool_relu_deconv2d(
     Parameters
     ----------
     signal
-        Pooled values (batch, in_channels, height, width), float32 or float64, any strides: what came down so far.
+        Pooled values (batch, in_channels, height, width), floating point, any strides: what came down so far.
     switches
         As the pool gave them on the way up: uint8, of the signal's shape.
     weight

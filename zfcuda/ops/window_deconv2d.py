@@ -51,7 +51,7 @@ def window_deconv2d(
     Parameters
     ----------
     signal
-        (windows, height, width, out_channels), float32 or float64: windows of the maps, or of the pooled maps where
+        (windows, height, width, out_channels), floating point: windows of the maps, or of the pooled maps where
         ``pool`` is given.
     weight
         (out_channels, in_channels / groups, kernel_h, kernel_w), as in a convolution from the map below.
