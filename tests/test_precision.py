@@ -1,4 +1,4 @@
-"""The numeric modes of CUDA's float32 convolutions: values by a model of each mode, what chooses it, who respects it."""
+"""CUDA's convolutions on the tensor cores: values by a model of each numeric mode, what chooses it, who respects it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from zfcuda import core, ops, reference
 
 CUDA = pytest.mark.parametrize("backend", ["simt", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 MODES = ("3xtf32", "tf32")
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture
 def mode(request):
-    with zfcuda.set_fp32_precision(request.param):
+    """How float32 is multiplied, or a half, which is multiplied as it is."""
+    with zfcuda.set_fp32_precision("ieee" if request.param in HALVES else request.param):
         yield request.param
 
 
-IN_EACH_MODE = pytest.mark.parametrize("mode", MODES, indirect=True)
+IN_EACH_MODE = pytest.mark.parametrize("mode", [*MODES, *HALVES], indirect=True)
+OF_FLOAT32 = pytest.mark.parametrize("mode", MODES, indirect=True)
+
+
+def placed(mode: str, device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """In channels_last, and in the dtype of the mode."""
+    tensors = tuple(t.to(device, HALVES.get(mode, torch.float32)) for t in tensors)
+    return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
 
 
 def truncated(values: Tensor) -> Tensor:
@@ -56,18 +65,16 @@ CASES = [
 IDS = [f"{weight} {options}" for _, weight, options in CASES]
 
 
-def channels_last(*tensors: Tensor, device: torch.device) -> list[Tensor]:
-    return [t.float().to(device, memory_format=torch.channels_last) for t in tensors]
-
-
 def check_model(
     actual: Tensor, torchs: Callable[..., Tensor], source: Tensor, weight: Tensor, mode: str, groups: int = 1
 ) -> None:
-    """At most twice the error that torch makes in float32 of the factors that the mode multiplies."""
+    """At most twice the error that torch makes in this dtype, of the factors that the mode multiplies."""
+    dtype = HALVES.get(mode, source.dtype if mode == "by FMA" else torch.float32)
+    source, weight = source.to(dtype), weight.to(dtype)
     if mode == "tf32" and source.size(1) // groups % 4 == 0:
         source, weight = truncated(source), rounded(weight)
-    source, weight = source.float(), weight.float()
     terms = source.size(1) // groups * weight.size(2) * weight.size(3)
+    assert actual.dtype == dtype
     assert_within(actual, torchs(source, weight), torchs(source.double(), weight.double()), terms)
 
 
@@ -75,11 +82,8 @@ def check_model(
 @IN_EACH_MODE
 @pytest.mark.parametrize(("size", "filters", "options"), CASES, ids=IDS)
 def test_convolution(backend, mode, size, filters, options):
-    image, weight = normal(*size), normal(*filters, seed=1)
-    bias = normal(filters[0], seed=2)
-    actual = ops.conv2d_relu(
-        *channels_last(image, weight, device=backend.device), bias.float().to(backend.device), **options
-    )
+    image, weight, bias = normal(*size), normal(*filters, seed=1), normal(filters[0], seed=2)
+    actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight, bias), **options)
 
     def torchs(x, w):
         return F.conv2d(x, w, bias.to(x), **options).relu()
@@ -109,9 +113,8 @@ def test_transposed_convolution(backend, mode, gate, size, filters, options):
     gated = {"gate": gate}
     if gate in ("backprop", "guided"):
         forward = normal(*size, seed=3).relu()
-        (gated["forward"],) = channels_last(forward, device=backend.device)
-    tensors = channels_last(signal, weight, device=backend.device)
-    actual = ops.deconv2d(*tensors, bias.float().to(backend.device), **options, **gated)
+        (gated["forward"],) = placed(mode, backend.device, forward)
+    actual = ops.deconv2d(*placed(mode, backend.device, signal, weight, bias), **options, **gated)
     if gate in ("deconvnet", "guided"):
         signal = signal.relu()
     if gate in ("backprop", "guided"):
@@ -135,16 +138,16 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels)
     options = {"stride": 2, "padding": 1, "output_padding": 1}
     pool = {"kernel_size": 3, "stride": 2, "output_size": (7, 6)}
     gated = {"gate": gate}
-    masked = signal.float()
+    masked = signal.to(HALVES.get(mode, torch.float32)).float()
     if gate == "guided":
-        (gated["forward"],) = channels_last(above, device=backend.device)
+        (gated["forward"],) = placed(mode, backend.device, above)
         masked = masked * (above > 0)
-    placed = channels_last(signal, weight, device=backend.device)
+    tensors = placed(mode, backend.device, signal, weight)
     where = switches.to(backend.device, memory_format=torch.channels_last)
     actual = ops.unpool_relu_deconv2d(
-        placed[0], where, placed[1], **options, **gated, overlap=overlap, **{f"pool_{k}": v for k, v in pool.items()}
+        tensors[0], where, tensors[1], **options, **gated, overlap=overlap, **{f"pool_{k}": v for k, v in pool.items()}
     )
-    maps = reference.max_unpool2d(masked, switches, **pool, overlap=overlap)  # sums of float32, as the tensor cores get them
+    maps = reference.max_unpool2d(masked, switches, **pool, overlap=overlap)  # sums are rounded once, in check_model
     maps = maps.relu() if gate == "guided" else maps
 
     def torchs(x, w):
@@ -158,7 +161,8 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels)
 @pytest.mark.parametrize("pooled", [False, True])
 def test_windows(backend, mode, pooled):
     """A weight that is packed once computes in the mode in which it was packed."""
-    signal, weight = normal(5, 2, 2, 8), normal(8, 4, 3, 3, seed=1)
+    dtype = HALVES.get(mode, torch.float32)
+    signal, weight = normal(5, 2, 2, 8).to(dtype), normal(8, 4, 3, 3, seed=1)
     origins = torch.zeros(5, 2, dtype=torch.int64)
     options = {"gate": "deconvnet"}
     maps = signal.float().relu().movedim(3, 1)
@@ -166,9 +170,9 @@ def test_windows(backend, mode, pooled):
         switches = torch.randint(0, 9, signal.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
         options["switches"] = switches.to(backend.device)
         maps = reference.max_unpool2d(signal.float().movedim(3, 1), switches.movedim(3, 1), 3, 2, 0, 1, (5, 5)).relu()
-    tensors = [t.to(backend.device) for t in (signal.float(), origins)]
+    tensors = [t.to(backend.device) for t in (signal, origins)]
     step = ops.WindowDeconv2d(
-        weight.float().to(backend.device), (2, 2), 2, windows=5, pool=(3, 2, 1) if pooled else None
+        weight.to(backend.device, dtype), (2, 2), 2, windows=5, pool=(3, 2, 1) if pooled else None
     )
     with zfcuda.set_fp32_precision("ieee"):
         actual = step(*tensors, (99, 99), **options)
@@ -180,16 +184,16 @@ def test_windows(backend, mode, pooled):
 
 
 @CUDA
-@IN_EACH_MODE
+@pytest.mark.parametrize("mode", ["tf32", "bfloat16"], indirect=True)
 def test_many_pixels(backend, mode):
     """Enough blocks for the largest tile; more chunks than there are buffers."""
     image, weight = normal(1, 8, 132, 131), normal(128, 8, 3, 3, seed=1)
-    actual = ops.conv2d_relu(*channels_last(image, weight, device=backend.device))
+    actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight))
     check_model(actual, lambda x, w: F.conv2d(x, w).relu(), image, weight, mode)
 
 
 @CUDA
-@IN_EACH_MODE
+@OF_FLOAT32
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"groups": 2}], ids=str)
 def test_whole_numbers_are_exact(backend, mode, options):
     """Eleven bits hold them, and gradients of every order run in the mode, too."""
@@ -205,11 +209,11 @@ def test_what_is_not_finite(backend, mode, value):
     """It reaches the results that it reaches by torch, and no other; 3xtf32 makes NaN of infinities."""
     image, weight = normal(1, 8, 6, 6), normal(4, 8, 3, 3, seed=1)
     image[0, 2, 3, 1] = float(value)
-    actual = ops.deconv2d(*channels_last(image, weight.transpose(0, 1).flip(2, 3), device=backend.device), padding=1)
+    actual = ops.deconv2d(*placed(mode, backend.device, image, weight.transpose(0, 1).flip(2, 3)), padding=1)
     expected = F.conv2d(image.relu(), weight, padding=1)
     if mode == "3xtf32":
         expected[~expected.isfinite()] = float("nan")
-    rtol = 2**-9
+    rtol = 2**-6  # two roundings to eight bits, and some
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=rtol, atol=rtol * 20, equal_nan=True)
 
 
@@ -217,12 +221,11 @@ def test_what_is_not_finite(backend, mode, value):
 @IN_EACH_MODE
 def test_misaligned_memory(backend, mode):
     """What 16-byte copies cannot read is multiplied by FMA, or copied before."""
-    memory = torch.empty(1 * 5 * 5 * 8 + 1, device=backend.device)
+    dtype = HALVES.get(mode, torch.float32)
+    memory = torch.empty(1 * 5 * 5 * 8 + 1, device=backend.device, dtype=dtype)
     image = memory[1:].view(1, 5, 5, 8).movedim(3, 1).copy_(normal(1, 8, 5, 5))
-    weight = normal(4, 8, 3, 3, seed=1).float().to(backend.device)
-    actual = ops.conv2d_relu(image, weight)
-    with zfcuda.set_fp32_precision("ieee"):
-        assert torch.equal(actual, ops.conv2d_relu(image, weight))
+    weight = normal(4, 8, 3, 3, seed=1).to(backend.device, dtype)
+    check_model(ops.conv2d_relu(image, weight), lambda x, w: F.conv2d(x, w).relu(), image.cpu(), weight.cpu(), "by FMA")
     windows = memory[1:].view(1, 5, 5, 8)
     origins = torch.zeros(1, 2, dtype=torch.int64, device=backend.device)
     weight = weight.transpose(0, 1).contiguous()
@@ -238,7 +241,7 @@ def test_ieee_is_more_exact_than_3xtf32_and_that_than_tf32(backend):
     error = {}
     for name in ("ieee", *MODES):
         with zfcuda.set_fp32_precision(name):
-            actual = ops.conv2d_relu(*channels_last(image, weight, device=backend.device))
+            actual = ops.conv2d_relu(*placed(name, backend.device, image, weight))
         error[name] = float((actual.cpu().double() - exact).abs().max() / exact.max())
     assert error["tf32"] > 1e-4 and error["3xtf32"] < 1e-6 and error["ieee"] < 1e-6
     assert error["3xtf32"] != error["ieee"]
@@ -246,13 +249,13 @@ def test_ieee_is_more_exact_than_3xtf32_and_that_than_tf32(backend):
 
 @pytest.mark.parametrize("backend", ["simt"], indirect=True)
 @IN_EACH_MODE
-def test_architectures_without_tf32_multiply_by_fma(backend, mode, emulator, monkeypatch):
-    """The emulator stops at an instruction that the architecture has not."""
-    tensors = channels_last(normal(1, 8, 5, 5), normal(4, 8, 3, 3, seed=1), device=backend.device)
+def test_turing(backend, mode, emulator, monkeypatch):
+    """sm_75 has tensor cores for float16 alone: the emulator stops at an instruction that the architecture has not."""
+    image, weight = normal(1, 8, 5, 5), normal(4, 8, 3, 3, seed=1)
     monkeypatch.setattr(emulator, "arch", 75)
-    actual = ops.conv2d_relu(*tensors)
-    with zfcuda.set_fp32_precision("ieee"):
-        assert torch.equal(actual, ops.conv2d_relu(*tensors))
+    actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight))
+    by_fma = mode if mode in HALVES else "ieee"
+    check_model(actual, lambda x, w: F.conv2d(x, w).relu(), image, weight, by_fma)
 
 
 # ---------------------------------------------------------------- which mode
@@ -301,7 +304,7 @@ def test_the_cpu_has_one_mode():
 @pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_repeated_calls_see_a_change(backend):
     """Those that a memo repeats, and those of a compiled graph."""
-    tensors = channels_last(normal(1, 32, 8, 8), normal(8, 32, 3, 3, seed=1), device=backend.device)
+    tensors = placed("tf32", backend.device, normal(1, 32, 8, 8), normal(8, 32, 3, 3, seed=1))
     compiled = torch.compile(ops.conv2d_relu, backend="aot_eager")
     for function in (ops.conv2d_relu, compiled):
         results = []

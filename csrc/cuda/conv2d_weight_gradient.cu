@@ -278,8 +278,7 @@ void weight_gradient(const ConvShape& s, bool rectified, Address image, Address 
     launch(weight_gradient_kernel<T, kChannelsLast, kVector>,
            grid(splits.count * s.groups * p.row_tiles * p.column_tiles), dim3(kTileThreads), 0,
            exec, p, image.as<const T>(), signal.as<const T>(), forward.as<const T>(), partial);
-    if (!direct)
-        sum_splits<T>(partial, weights(s), splits.count, grad_weight.as<T>(), exec);
+    if (!direct) sum_splits<T>(partial, weights(s), splits.count, grad_weight.as<T>(), exec);
 }
 
 template <typename T, bool kChannelsLast>
@@ -320,8 +319,8 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const auto compute = s.channels_last ? gradients<T, true> : gradients<T, false>;
-        compute(s, dtype, (static_cast<int>(gate) & kRectify) != 0, image, signal, mask_of(gate, forward),
-                grad_weight, grad_bias, workspace, exec);
+        compute(s, dtype, (static_cast<int>(gate) & kRectify) != 0, image, signal,
+                mask_of(gate, forward), grad_weight, grad_bias, workspace, exec);
     });
 }
 

@@ -194,9 +194,8 @@ void gradient(const NormShape& s, double alpha, double beta, double k, Address i
 
 void local_response_norm(const NormShape& s, Dtype dtype, double alpha, double beta, double k,
                          Address input, Address output, const Exec& exec) {
-    with_dtype(dtype, [&](auto zero) {
-        forward<decltype(zero)>(s, alpha, beta, k, input, output, exec);
-    });
+    with_dtype(dtype,
+               [&](auto zero) { forward<decltype(zero)>(s, alpha, beta, k, input, output, exec); });
 }
 
 void local_response_norm_gradient(const NormShape& s, Dtype dtype, double alpha, double beta,

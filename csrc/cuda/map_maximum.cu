@@ -143,9 +143,9 @@ void map_maximum(const PoolShape& s, Dtype dtype, Address input, Address pooled,
         throw std::runtime_error("zfcuda: map_maximum of over 2^31 maps");
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        launch(map_maximum_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, exec, maximum,
-               input.as<const T>(), pooled.as<const T>(), switches.as<const std::uint8_t>(),
-               values.as<T>(), positions.as<std::int64_t>());
+        launch(map_maximum_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, exec,
+               maximum, input.as<const T>(), pooled.as<const T>(),
+               switches.as<const std::uint8_t>(), values.as<T>(), positions.as<std::int64_t>());
     });
 }
 

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
                 const std::int64_t x = left + j * s.dilation_w;
                 if (x < 0 || x >= s.in_width) continue;
                 const auto values = load_wide<T, kVector>(window + y * inputs.row_elements +
-                                                            x * inputs.column_elements);
+                                                          x * inputs.column_elements);
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) {
                     const auto value = values.value[e];

@@ -69,6 +69,22 @@ struct Tf32x3 {
     }
 };
 
+// float16 or bfloat16: products are exact and sums float32, so that a result is rounded once.
+template <typename Half>
+struct Halves {
+    using T = Half;
+    struct Left {
+        std::uint32_t bits[4];
+    };
+    __device__ static void prepare(Left&) {}
+    __device__ static void multiply(float (&d)[4], const Left& a, const std::uint32_t (&b)[2]) {
+        if constexpr (std::is_same_v<Half, __half>)
+            mma_fp16(d, a.bits, b);
+        else
+            mma_bf16(d, a.bits, b);
+    }
+};
+
 using Piece = Vector<std::uint32_t, 4>;
 
 // The sizes of a block's product; each warp has kWarpM x kWarpN of its kM x kN results.
@@ -91,26 +107,40 @@ struct MmaTile {
     __device__ static int first_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
     __device__ static int first_column() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
 
-    template <typename Factors>
-    __device__ static void multiply(const Piece* left, const Piece* right, Accumulator& sum) {
-        // The row of shared memory whose address a lane gives: of 16 rows and two pieces. On the
-        // left the matrices of ldmatrix.x4 are rows 0, 8, 0, 8 of pieces 0, 0, 1, 1; on the right
-        // columns 0, 0, 8, 8 of pieces 0, 1, 0, 1.
-        const int lane = threadIdx.x % 32;
-        const int left_row = first_row() + lane % 16, left_piece = lane / 16;
-        const int right_row = first_column() + lane / 16 * 8 + lane % 8, right_piece = lane / 8 % 2;
+    // The slots whose addresses a lane gives to ldmatrix.x4, for each pair of pieces. On the left
+    // its matrices are rows 0, 8, 0, 8 of pieces 0, 0, 1, 1; on the right columns 0, 0, 8, 8 of
+    // pieces 0, 1, 0, 1. The next 16 rows are 16 slots further on.
+    struct Lane {
+        int left[kPieces / 2], right[kPieces / 2];
+    };
+    __device__ static Lane lane() {
+        const int number = threadIdx.x % 32;
+        Lane lane;
 #pragma unroll
-        for (int k = 0; k < kPieces; k += 2) {
+        for (int k = 0; k < kPieces / 2; ++k) {
+            const int row = first_row() + number % 16;
+            const int column = first_column() + number / 16 * 8 + number % 8;
+            lane.left[k] = kept(slot<kM>(2 * k + number / 16, row));
+            lane.right[k] = kept(kM * kPieces + slot<kN>(2 * k + number / 8 % 2, column));
+        }
+        return lane;
+    }
+
+    // The stage is the left tile and behind it the right one.
+    template <typename Factors>
+    __device__ static void multiply(const Lane& lane, const Piece* stage, Accumulator& sum) {
+#pragma unroll
+        for (int k = 0; k < kPieces / 2; ++k) {
             typename Factors::Left a[kWarpM / 16];
 #pragma unroll
             for (int i = 0; i < kWarpM / 16; ++i) {
-                load_matrices<false>(a[i].bits, left + slot<kM>(k + left_piece, left_row + 16 * i));
+                load_matrices<false>(a[i].bits, stage + lane.left[k] + 16 * i);
                 Factors::prepare(a[i]);
             }
 #pragma unroll
             for (int j = 0; j < kWarpN / 8; j += 2) {
                 std::uint32_t b[4];
-                load_matrices<false>(b, right + slot<kN>(k + right_piece, right_row + 8 * j));
+                load_matrices<false>(b, stage + lane.right[k] + 8 * j);
 #pragma unroll
                 for (int i = 0; i < kWarpM / 16; ++i) {
                     Factors::multiply(sum[i][j], a[i], {b[0], b[1]});

@@ -116,6 +116,17 @@ constexpr int kArch = __CUDA_ARCH__ / 10;
 constexpr int kArch = 80;  // nvcc's host pass, and the emulator
 #endif
 
+// The same number, of unknown origin. The compiler prefers to compute cheap indices anew in every
+// turn of a loop to keeping them in registers, and the loads that need them wait; it cannot do
+// that with what a shuffle gave.
+__device__ __forceinline__ int kept(int number) {
+#if defined(ZF_SIMT)
+    return number;
+#else
+    return __shfl_sync(0xffffffffu, number, threadIdx.x % 32);
+#endif
+}
+
 #if !defined(ZF_SIMT)
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
@@ -134,6 +145,13 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global,
     simt::copy_async(shared, global, Bytes, valid_bytes);
 #else
     if constexpr (kArch < 80) {
+        struct alignas(Bytes) Words {
+            unsigned word[Bytes / 4];
+        };
+        if (valid_bytes == Bytes) {
+            *static_cast<Words*>(shared) = *static_cast<const Words*>(global);
+            return;
+        }
         for (int i = 0; i < Bytes; i += 4) {
             unsigned word = 0;
             if (valid_bytes >= i + 4)
@@ -261,7 +279,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const std::uint32_t (&a)
 #endif
 }
 
-// The same in fp16.
+// The same in fp16; sm_75 multiplies each half of the 16 by an instruction of its own.
 __device__ __forceinline__ void mma_fp16(float (&d)[4], const std::uint32_t (&a)[4],
                                          const std::uint32_t (&b)[2] ZF_SITE) {
 #if defined(ZF_SIMT)
@@ -274,7 +292,13 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const std::uint32_t (&a)
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     else
-        __trap();
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            asm volatile(
+                "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, "
+                "{%6}, {%0, %1, %2, %3};"
+                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 #endif
 }
 

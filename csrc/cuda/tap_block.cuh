@@ -135,8 +135,8 @@ struct TapResult {
         }
     }
     // Four channels of an NHWC pixel, those there are.
-    __device__ void store_channels(const TapPlan& p, const Sum<T> (&quad)[4],
-                                   std::int64_t target, int column) const {
+    __device__ void store_channels(const TapPlan& p, const Sum<T> (&quad)[4], std::int64_t target,
+                                   int column) const {
         if (target < 0 || column >= p.columns) return;
         if (p.quads) return store_quad(quad, target + column);
 #pragma unroll

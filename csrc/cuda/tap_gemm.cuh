@@ -154,7 +154,7 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
                                (kTransposed ? mask : Address{}).template as<const T>()};
     };
     if (way != Way::fma)
-        return with_factors(way, [&](auto factors) {
+        return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = tensor(typename Factors::T{});
             launch_tap_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);

@@ -36,6 +36,29 @@
 
 namespace zfcuda {
 
+// A piece of the sum, on its way in steps of some pieces: the tap, by row and column among those of
+// its phase, and which of the tap's pieces.
+struct PieceWalk {
+    int piece, column, row;
+
+    __device__ PieceWalk(int number, int pieces, int width)
+        : piece(number % pieces), column(number / pieces % width), row(number / pieces / width) {}
+
+    // Whether that leads to another tap.
+    __device__ bool advance(int step, int pieces, int width) {
+        piece += step;
+        if (piece < pieces) return false;
+        do {
+            piece -= pieces;
+            if (++column == width) {
+                column = 0;
+                ++row;
+            }
+        } while (piece >= pieces);
+        return true;
+    }
+};
+
 // The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
 // Tile::kSharedBytes, which every thread may use again afterwards.
 template <typename Factors, typename Tile, bool kTransposed, typename Source, typename PixelOf>
@@ -64,97 +87,113 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 
     const int pieces = p.channels / kElements;                // of a pixel
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
-    const Odometer step(kPieces, pieces, width);
-    Odometer left_at(piece, pieces, width), right_at = left_at;
     const std::int64_t step_y = p.y.offset_step * p.steps.row;
     const std::int64_t step_x = p.x.offset_step * p.steps.column;
-    const int left_slot = Tile::template slot<kM>(piece, first);
-    const int right_slot = kM * kPieces + Tile::template slot<kN>(piece, first);
+    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
+    const int left_slot = kept(Tile::template slot<kM>(piece, first));
+    const int right_slot = kept(kM * kPieces + Tile::template slot<kN>(piece, first));
 
-    // body(i, where the thread's row i reads, row and column there, whether that is inside).
-    const auto for_each_left = [&](auto&& body) {
-        const std::int64_t tap =
-            left_at.high * step_y + left_at.middle * step_x + std::int64_t(left_at.low) * kElements;
-        const int y = left_at.high < rows.count ? left_at.high * p.y.offset_step : kOutside;
-        const int x = left_at.middle * p.x.offset_step;
+    // Taps change once in many chunks: what depends on them alone is kept. For each of the thread's
+    // rows of the source: where it reads, and whether that is inside.
+    PieceWalk at(piece, pieces, width);
+    std::int64_t from[kLeft];
+    unsigned inside = 0;
+    const T* weights = nullptr;
+    const auto enter_tap = [&]() {
+        const std::int64_t tap = (rows.first + at.row * p.y.tap_step) * p.x.kernel + columns.first +
+                                 at.column * p.x.tap_step;
+        const std::int64_t row = (group * taps + tap) * pieces + at.piece;
+        weights = packed + (row * p.padded_columns + first_column + first) * kElements;
+        const std::int64_t offset =
+            at.row * step_y + at.column * step_x + std::int64_t(at.piece) * kElements;
+        const int y = at.row < rows.count ? at.row * p.y.offset_step : kOutside;
+        const int x = at.column * p.x.offset_step;
+        inside = 0;
 #pragma unroll
         for (int i = 0; i < kLeft; ++i) {
-            const int from_y = pixels[i].y + y, from_x = pixels[i].x + x;
-            body(i, pixels[i].source + tap, from_y, from_x,
-                 static_cast<unsigned>(from_y) < static_cast<unsigned>(p.height) &&
-                     static_cast<unsigned>(from_x) < static_cast<unsigned>(p.width));
+            from[i] = pixels[i].source + offset;
+            if (static_cast<unsigned>(pixels[i].y + y) < static_cast<unsigned>(p.height) &&
+                static_cast<unsigned>(pixels[i].x + x) < static_cast<unsigned>(p.width))
+                inside |= 1u << i;
         }
-        left_at.advance(step, pieces, width);
     };
-    const auto copy_right = [&](Piece* stage) {
-        const std::int64_t tap = (rows.first + right_at.high * p.y.tap_step) * p.x.kernel +
-                                 columns.first + right_at.middle * p.x.tap_step;
-        const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-        const std::int64_t row = (group * taps + tap) * pieces + right_at.low;
-        const T* const from = packed + (row * p.padded_columns + first_column + first) * kElements;
+    enter_tap();
+
+    Vector<T, kElements> staged[kTransposed ? kLeft : 1];
+    const auto bring_left = [&](Piece* stage) {
 #pragma unroll
-        for (int j = 0; j < kRight; ++j) {
-            const int column = first + j * kStep;
-            const bool inside =
-                right_at.high < rows.count && first_column + column < p.padded_columns;
-            if (kN % kStep == 0 || column < kN)
-                cp_async<16>(stage + right_slot + j * kStep, from + j * kStep * kElements,
-                             inside ? 16 : 0);
+        for (int i = 0; i < kLeft; ++i) {
+            const bool reads = inside & 1u << i;
+            if constexpr (!kTransposed) {
+                cp_async<16>(stage + left_slot + i * kStep, source.values + from[i],
+                             reads ? 16 : 0);
+            } else {
+                staged[i] = {};
+                if (reads)
+                    staged[i] = convert<T>(source.template load<kElements>(
+                        from[i], pixels[i].y + at.row * p.y.offset_step,
+                        pixels[i].x + at.column * p.x.offset_step));
+            }
         }
-        right_at.advance(step, pieces, width);
-    };
-    Vector<T, kElements> staged[kLeft];
-    const auto load_left = [&]() {
-        for_each_left([&](int i, std::int64_t offset, int y, int x, bool inside) {
-            staged[i] = {};
-            if (inside) staged[i] = convert<T>(source.template load<kElements>(offset, y, x));
-        });
     };
     const auto store_left = [&](Piece* stage) {
+        if (p.rectify)
+#pragma unroll
+            for (auto& vector : staged)
+#pragma unroll
+                for (T& value : vector.value) value = rectify(value);
         auto* const to = reinterpret_cast<Vector<T, kElements>*>(stage) + left_slot;
 #pragma unroll
-        for (int i = 0; i < kLeft; ++i) {
-#pragma unroll
-            for (int e = 0; e < kElements; ++e)
-                if (p.rectify) staged[i].value[e] = rectify(staged[i].value[e]);
-            to[i * kStep] = staged[i];
-        }
+        for (int i = 0; i < kLeft; ++i) to[i * kStep] = staged[i];
     };
-
+    const auto bring_right = [&](Piece* stage) {
+        const int bytes = at.row < rows.count ? 16 : 0;
+        if (kN % kStep == 0 || first < kN)
+#pragma unroll
+            for (int j = 0; j < kRight; ++j)
+                cp_async<16>(stage + right_slot + j * kStep, weights + j * kStep * kElements,
+                             bytes);
+    };
     const int chunks = (rows.count * columns.count * pieces + kPieces - 1) / kPieces;
-    int filled = 0;  // the buffer that is filled next, in a ring
-    const auto copy = [&](int chunk) {
+    const std::int64_t weight_step = std::int64_t(p.padded_columns) * kElements * kPieces;
+    const auto bring = [&](int chunk, int buffer) {
         if (chunk < chunks) {
-            Piece* const stage = stages + filled * Tile::kStagePieces;
-            if constexpr (!kTransposed)
-                for_each_left([&](int i, std::int64_t offset, int, int, bool inside) {
-                    cp_async<16>(stage + left_slot + i * kStep, source.values + offset,
-                                 inside ? 16 : 0);
-                });
-            copy_right(stage);
+            Piece* const stage = stages + buffer * Tile::kStagePieces;
+            bring_left(stage);
+            bring_right(stage);
+            if (at.advance(kPieces, pieces, width)) {
+                enter_tap();
+            } else {
+                weights += weight_step;
+#pragma unroll
+                for (int i = 0; i < kLeft; ++i) from[i] += kPieces * kElements;
+            }
         }
         cp_async_commit();  // perhaps an empty group, so that the newest two are always the same
-        filled = filled + 1 < kStages ? filled + 1 : 0;
     };
+    const auto finish = [&](int chunk, int buffer) {
+        if constexpr (kTransposed)
+            if (chunk < chunks) store_left(stages + buffer * Tile::kStagePieces);
+    };
+
+    constexpr int kAhead = kStages - 1;
 #pragma unroll
-    for (int chunk = 0; chunk < kStages - 1; ++chunk) copy(chunk);
-    if (kTransposed && chunks > 0) {
-        load_left();
-        store_left(stages);
+    for (int chunk = 0; chunk < kAhead; ++chunk) {
+        bring(chunk, chunk);
+        finish(chunk, chunk);
     }
-    int buffer = 0;
+    const auto lane = Tile::lane();
+    int full = 0, empty = kAhead;  // buffers
     for (int chunk = 0; chunk < chunks; ++chunk) {
         // Everybody's copies of this chunk have come, and nobody reads the chunk before it any
         // more.
         cp_async_wait<kStages - 2>();
         __syncthreads();
-        copy(chunk + kStages - 1);
-        const bool more = chunk + 1 < chunks;
-        if (kTransposed && more) load_left();
-        const Piece* const stage = stages + buffer * Tile::kStagePieces;
-        Tile::template multiply<Factors>(stage, stage + kM * kPieces, sum);
-        buffer = buffer + 1 < kStages ? buffer + 1 : 0;
-        if (kTransposed && more) store_left(stages + buffer * Tile::kStagePieces);
+        bring(chunk + kAhead, empty);
+        Tile::template multiply<Factors>(lane, stages + full * Tile::kStagePieces, sum);
+        finish(chunk + kAhead, empty);
+        empty = full;
+        full = full + 1 < kStages ? full + 1 : 0;
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -199,8 +238,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 // body(Factors{}) for a way on the tensor cores.
 template <typename Body>
-void with_factors(Way way, Body&& body) {
-    way == Way::tf32 ? body(Tf32{}) : body(Tf32x3{});
+void with_factors(Way way, Dtype dtype, Body&& body) {
+    if (way == Way::tf32) return body(Tf32{});
+    if (way == Way::tf32x3) return body(Tf32x3{});
+    dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
 // body(Tile{}) for the tile of a product: large ones, where no column of theirs is padding alone

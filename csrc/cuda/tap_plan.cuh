@@ -12,7 +12,7 @@ constexpr int kPackThreads = 256;
 
 // How the product runs: by FMA (tap_gemm.cuh), or on the tensor cores (tap_mma.cuh) from factors of
 // this kind.
-enum class Way { fma, tf32, tf32x3 };
+enum class Way { fma, tf32, tf32x3, halves };
 
 // One dimension of the plan: `size` pixels of the result, in `phases` phases.
 struct TapAxis {
@@ -211,11 +211,20 @@ void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Addr
 template <bool kTransposed, typename... Addresses>
 Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
-    if (dtype != Dtype::float32 || exec.precision == Precision::ieee || !s.channels_last ||
-        channels % 4 != 0 || !aligned(addresses...) ||
-        architecture(&pack_weights_kernel<float, float, kTransposed>, exec) < 80)
+    if (dtype == Dtype::float64 || !s.channels_last || !aligned(addresses...) ||
+        channels * element_bytes(dtype) % 16 != 0 ||
+        architecture(&pack_weights_kernel<float, float, kTransposed>, exec) <
+            (dtype == Dtype::float16 ? 75 : 80))
         return Way::fma;
-    return exec.precision == Precision::tf32 ? Way::tf32 : Way::tf32x3;
+    if (dtype != Dtype::float32) return Way::halves;
+    switch (exec.precision) {
+        case Precision::tf32:
+            return Way::tf32;
+        case Precision::tf32x3:
+            return Way::tf32x3;
+        default:
+            return Way::fma;
+    }
 }
 
 }  // namespace zfcuda

@@ -85,7 +85,7 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
                                  overwrite};
     };
     if (way != Way::fma)
-        return with_factors(way, [&](auto factors) {
+        return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = source(typename Factors::T{});
             launch_tap_mma<Factors, true>(p, from, workspace, bias, Address{}, image, exec);

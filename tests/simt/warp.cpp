@@ -108,7 +108,7 @@ void multiply_warp(void* const* lanes, unsigned) {
 }  // namespace
 
 void multiply(Element element, Product lane, Site site) {
-    if (settings.arch < 80)
+    if (settings.arch < (element == Element::fp16 ? 75 : 80))
         fail("trap", text("a tensor-core product that sm_%d has not, %s:%d", settings.arch,
                           site.file, site.line)
                          .c_str());
