@@ -54,10 +54,19 @@ class Rehearsal:
 
     def record(self, function: Function, inputs: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
         def replay() -> tuple[Tensor, ...]:
-            with Forbidden(), self.monkeypatch.context() as patch:
+            with self.monkeypatch.context() as patch:
                 patch.setattr(core, "capturing", lambda like: True)
-                patch.setattr(core, "find", lambda *_: pytest.fail("a value is read back from the device"))
-                return function(*inputs)
+                for name in (
+                    "item",
+                    "tolist",
+                    "__int__",
+                    "__float__",
+                    "__bool__",
+                    "__index__",
+                ):  # within operators, too
+                    patch.setattr(Tensor, name, lambda *_: pytest.fail("a value is read back from the device"))
+                with Forbidden():
+                    return function(*inputs)
 
         replay()
         return replay
