@@ -168,6 +168,8 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     kernels.def("max_unpool2d", &max_unpool2d);
     m.def("unpool_relu_deconv2d_workspace", &unpool_relu_deconv2d_workspace);
     kernels.def("unpool_relu_deconv2d", &unpool_relu_deconv2d);
+    m.def("unpool_relu_weight_gradient_workspace", &unpool_relu_weight_gradient_workspace);
+    kernels.def("unpool_relu_weight_gradient", &unpool_relu_weight_gradient);
     kernels.def("switch_gather", &switch_gather);
     kernels.def("find_invalid_switch", &find_invalid_switch);
     kernels.def("local_response_norm", &local_response_norm);

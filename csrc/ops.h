@@ -113,6 +113,15 @@ void unpool_relu_deconv2d(const ConvShape& shape, const PoolShape& pool, Dtype d
                           Address weight, Address bias, Address image, Address workspace,
                           const Exec& exec);
 
+// grad_weight of the convolution whose maps are gate(max_unpool2d(signal, switches)), which never
+// exist as a whole: as conv2d_weight_gradient, with the pool and the gate of unpool_relu_deconv2d.
+std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& shape, const PoolShape& pool,
+                                                   Dtype dtype, const Exec& exec);
+void unpool_relu_weight_gradient(const ConvShape& shape, const PoolShape& pool, Dtype dtype,
+                                 Gate gate, bool overwrite, Address image, Address signal,
+                                 Address switches, Address forward, Address grad_weight,
+                                 Address workspace, const Exec& exec);
+
 // The transpose of max_unpool2d: pooled[w] = unpooled[switch of w]; with `overwrite` zero for the
 // windows whose value was overwritten.
 void switch_gather(const PoolShape& shape, Dtype dtype, bool overwrite, Address unpooled,

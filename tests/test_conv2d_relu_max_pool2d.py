@@ -135,9 +135,8 @@ def test_only_the_gradients_asked_for(backend, needed, monkeypatch):
     expected = [g for g, need in zip(everything, needed, strict=True) if need]
     for g, e in zip(gradients, expected, strict=True):
         torch.testing.assert_close(g, e)
-    unpooled = ["max_unpool2d"] * (needed[0] or needed[1])
-    rest = [*["deconv2d"] * needed[0], *["conv2d_weight_gradient"] * needed[1]]
-    assert called == ["conv2d_relu_max_pool2d", *unpooled, *rest]
+    rest = [*["unpool_relu_deconv2d"] * needed[0], *["unpool_relu_weight_gradient"] * needed[1]]
+    assert called == ["conv2d_relu_max_pool2d", *rest]
 
 
 def test_the_maps_are_not_kept(backend):

@@ -147,10 +147,26 @@ def test_only_the_gradients_asked_for(backend, gate, needed, monkeypatch):
     monkeypatch.setattr(core, "run", lambda function, *rest: (called.append(function), run(function, *rest)))
     (gradient,) = torch.autograd.grad(call(), sample.leaves())
     torch.testing.assert_close(gradient, everything[needed.index(True)])
-    unpooled = needed[1] or (needed[0] and gate in ("deconvnet", "guided"))
-    rest = [*["max_unpool2d"] * unpooled, *["conv2d", "switch_gather"] * needed[0]]
-    expected = ["find_invalid_switch", "unpool_relu_deconv2d", *rest, *["conv2d_weight_gradient"] * needed[1]]
-    assert called == expected
+    opened = ["max_unpool2d"] * (gate in ("deconvnet", "guided"))
+    rest = [*[*opened, "conv2d", "switch_gather"] * needed[0], *["unpool_relu_weight_gradient"] * needed[1]]
+    assert called == ["find_invalid_switch", "unpool_relu_deconv2d", *rest]
+
+
+@NATIVE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gate", GATES)
+def test_the_weight_gradient_of_many_images(backend, layout, gate):
+    """On the CPU a few images are unpooled at a time: the sum is that of all."""
+    sample = stepped(normal, 7, (5, 48, 90, 92), (3, 3), pool=PAPER, padding=1, gate=gate, bias=False)
+
+    def gradient(function, sample):
+        weight = sample.tensors[2].requires_grad_()
+        image = sample.call(function)
+        return torch.autograd.grad(image, weight, normal(*image.shape, seed=9).to(image))[0]
+
+    ours = gradient(ops.unpool_relu_deconv2d, sample.on(backend.device, torch.float32, layout))
+    expected = gradient(torchs, sample.on(torch.device("cpu"), torch.float64))
+    torch.testing.assert_close(ours.cpu().double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_backprop_is_the_gradient_of_the_way_up(backend):

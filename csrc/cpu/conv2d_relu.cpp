@@ -16,7 +16,7 @@ std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec)
         using T = decltype(zero);
         const Pass<T> pass = forward_pass<T>(s, nullptr);
         bytes = kLine + sizeof(Sum<T>) * (pass.packed_weight() +
-                                     pass_scratch<T>(pass.columns) * max_threads(exec));
+                                          pass_scratch<T>(pass.columns) * max_threads(exec));
     });
     return bytes;
 }

@@ -141,8 +141,8 @@ std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShap
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Plan<T> plan(s, pool, nullptr, exec);
-        bytes = kLine + sizeof(Sum<T>) * plan.pass.packed_weight() +
-                plan.scratch() * max_threads(exec);
+        bytes =
+            kLine + sizeof(Sum<T>) * plan.pass.packed_weight() + plan.scratch() * max_threads(exec);
     });
     return bytes;
 }

@@ -122,7 +122,7 @@ void pack_weight(const Pass<T>& pass, Sum<T>* packed, const Exec& exec) {
                     const std::int64_t block = k / gemm::kDepth * gemm::kDepth;
                     const std::int64_t length = std::min(gemm::kDepth, depth - block);
                     Sum<T>* dest = packed + (group * depth + block) * padded + first * length +
-                              (k - block) * width;
+                                   (k - block) * width;
                     const T* from = weight + c * pass.weight_channel +
                                     rows.kernel(ty) * pass.kernel_w + columns.kernel(tx);
                     for (std::int64_t j = 0; j < used; ++j) dest[j] = from[j * pass.weight_column];

@@ -29,8 +29,8 @@ std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exe
         for_phases<T>(s, nullptr, [&](const Pass<T>& pass) {
             packed = std::max(packed, pass.packed_weight());
         });
-        bytes =
-            kLine + sizeof(Sum<T>) * (packed + pass_scratch<T>(s.in_per_group()) * max_threads(exec));
+        bytes = kLine +
+                sizeof(Sum<T>) * (packed + pass_scratch<T>(s.in_per_group()) * max_threads(exec));
     });
     return bytes;
 }

@@ -138,8 +138,8 @@ struct Maximum {
             });
         int first = 0;
         for (int i = 1; i < V::count; ++i)
-            if (best.value[i] > best.value[first] || (best.value[i] == best.value[first] &&
-                                                      best.position[i] < best.position[first]))
+            if (best.value[i] > best.value[first] ||
+                (best.value[i] == best.value[first] && best.position[i] < best.position[first]))
                 first = i;
         *value = T(best.value[first]);
         *position = best.position[first];

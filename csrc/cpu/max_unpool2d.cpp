@@ -89,8 +89,7 @@ void scatter_parts(const PoolShape& s, bool overwrite, const Distances& distance
         std::fill_n(sums, count, Sum<T>(0));
         for (std::int64_t oy = rows.first; oy < rows.last; ++oy)
             for_row(s, n, c, oy, [&](std::int64_t window, std::int64_t corner) {
-                const std::int64_t at =
-                    corner + distances.to[switches[window]] - start - begin;
+                const std::int64_t at = corner + distances.to[switches[window]] - start - begin;
                 if (at < 0 || at >= count) return;
                 sums[at] = overwrite ? Sum<T>(pooled[window]) : sums[at] + pooled[window];
             });

@@ -20,7 +20,8 @@ double sum_of_squares(const T* filter, std::int64_t size) {
     double sums[kSums] = {}, sum = 0;
     std::int64_t i = 0;
     for (; i + kSums <= size; i += kSums)
-        for (std::int64_t j = 0; j < kSums; ++j) sums[j] += double(filter[i + j]) * double(filter[i + j]);
+        for (std::int64_t j = 0; j < kSums; ++j)
+            sums[j] += double(filter[i + j]) * double(filter[i + j]);
     for (; i < size; ++i) sum += double(filter[i]) * double(filter[i]);
     for (const double part : sums) sum += part;
     return sum;

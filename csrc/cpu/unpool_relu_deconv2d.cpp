@@ -81,7 +81,8 @@ void phases_of_band(const Plan<T>& plan, const Unpool<T>& unpool, const T* bias,
     const Epilogue<T> epilogue{Gate::none, bias, nullptr, image + n * s.image().step_image()};
     const Rows<T> source{maps, nullptr};
     for_phases<T>(s, nullptr, [&](Pass<T> pass) {
-        const auto* const own = packed + group * pass.depth() * gemm::padded_columns<T>(pass.columns);
+        const auto* const own =
+            packed + group * pass.depth() * gemm::padded_columns<T>(pass.columns);
         packed += pass.packed_weight();
         Axis& rows = pass.taps.rows;
         const std::int64_t skipped = top / s.stride_h;

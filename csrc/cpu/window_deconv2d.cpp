@@ -134,8 +134,7 @@ struct PanelWay {
              std::int64_t unit_index, Own own, T* image) const {
         const std::int64_t first = unit_index * unit;
         const std::int64_t windows = std::min(unit, s.windows - first);
-        Sum<T>* const target =
-            direct ? sums_in(image + first * window, own.scratch) : own.scratch;
+        Sum<T>* const target = direct ? sums_in(image + first * window, own.scratch) : own.scratch;
         std::fill_n(target, windows * window, Sum<T>(0));
         for (std::int64_t group = 0; group < s.groups; ++group)
             for (std::int64_t block = 0; block < panels.blocks; ++block) {

@@ -17,14 +17,15 @@
 // partial gradient into the workspace, and a second pass adds the splits in order (deterministic).
 // The number of splits depends on the shape alone. Lanes run along pixels in NCHW and along
 // channels in NHWC (by four where they are a multiple of four): neighbours in memory either way.
-// The gate acts while the signal is loaded.
-// Static: at most 128 registers a thread in float32, 17 KiB of shared memory; FFMA are 33 % of the
-// main loop in NCHW, 25 % in NHWC and 53 % by four channels (sm_90): addresses cost most here.
-// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
+// The gate acts while the signal is loaded. Where the signal is pooled, the maps are gathered in
+// its place (unpooled_source.cuh), and never in memory. Static: at most 128 registers a thread in
+// float32, 17 KiB of shared memory; FFMA are 33 % of the main loop in NCHW, 25 % in NHWC and 53 %
+// by four channels (sm_90): addresses cost most here. Measured: not yet, for want of a GPU; `make
+// bench` on one fills this line.
 #include <limits>
 
-#include "gate.cuh"
-#include "tile.cuh"
+#include "tap_product.cuh"
+#include "unpooled_source.cuh"
 
 namespace zfcuda {
 namespace {
@@ -34,6 +35,7 @@ constexpr std::int64_t kBlocks = 528;  // to be reached with splits: four for ea
 
 struct GradientPlan {
     ConvShape s;
+    TapSteps steps;             // of the signal
     std::int64_t split_pixels;  // a multiple of the tile's depth
     int splits, row_tiles, column_tiles;
     bool rectify;
@@ -51,10 +53,9 @@ ZF_HD void split_column(const ConvShape& s, std::int64_t j, std::int64_t& i, std
     tap = kChannelsLast ? j / s.in_per_group() : j % s.taps();
 }
 
-template <typename T, bool kChannelsLast, int kVector>
+template <typename T, bool kChannelsLast, int kVector, typename Source>
 __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
-    weight_gradient_kernel(GradientPlan p, const T* image, const T* signal, const T* forward,
-                           Sum<T>* partial) {
+    weight_gradient_kernel(GradientPlan p, const T* image, Source source, Sum<T>* partial) {
     using V = Sum<T>;
     using Product = Tile<V, kSide, kSide>;
     constexpr int kDepth = Product::kDepth, kPack = Pack<V>::size;
@@ -64,8 +65,10 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     V* const left = reinterpret_cast<V*>(left_tiles);
     V* const right = reinterpret_cast<V*>(right_tiles);
     const ConvShape& s = p.s;
-    Layout from = s.image(), maps = s.maps();
-    from.channels_last = maps.channels_last = kChannelsLast;  // known to the compiler
+    Layout from = s.image();
+    TapSteps steps = p.steps;
+    from.channels_last = kChannelsLast;  // known to the compiler
+    if (kChannelsLast) steps.channel = 1;
     const int thread = threadIdx.x;
     const std::int64_t row_count = s.out_per_group(), column_count = s.in_per_group() * s.taps();
 
@@ -97,12 +100,14 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     const Odometer depth(kDepth, width, height), step(kStep, width, height);
     Odometer pixel(split * p.split_pixels + load_k, width, height);
 
-    Vector<T, kVector> staged_left[kLoads], staged_right[kLoads];
-    auto fetch_left = [&](const Odometer& at, int column) -> Vector<T, kVector> {
+    using Left = Vector<typename Source::Value, kVector>;
+    Left staged_left[kLoads];
+    Vector<T, kVector> staged_right[kLoads];
+    auto fetch_left = [&](const Odometer& at, int column) -> Left {
         const std::int64_t row = first_row + column;
         if (at.high >= s.batch || row >= row_count) return {};
-        return load_gated<T, kVector>(
-            signal, forward, maps.offset(at.high, group * row_count + row, at.middle, at.low));
+        return source.template load<kVector>(
+            steps.offset(at.high, group * row_count + row, at.middle, at.low), at.middle, at.low);
     };
     auto fetch_right = [&](const Odometer& at, int column) -> Vector<T, kVector> {
         const Column tap = columns[column];
@@ -266,18 +271,20 @@ void sum_splits(const Sum<T>* partial, std::int64_t count, std::int64_t splits, 
            partial, count, static_cast<int>(splits), result);
 }
 
-template <typename T, bool kChannelsLast, int kVector>
-void weight_gradient(const ConvShape& s, bool rectified, Address image, Address signal,
-                     Address forward, Address grad_weight, Address workspace, const Exec& exec) {
+template <typename T, bool kChannelsLast, int kVector, typename Source>
+void weight_gradient(const ConvShape& s, const TapSteps& steps, Gate gate, Address image,
+                     const Source& source, Address grad_weight, Address workspace,
+                     const Exec& exec) {
     const Splits splits = weight_splits(s);
-    GradientPlan p = {s, splits.units, static_cast<int>(splits.count), 0, 0, rectified};
+    const bool rectified = (static_cast<int>(gate) & kRectify) != 0;
+    GradientPlan p = {s, steps, splits.units, static_cast<int>(splits.count), 0, 0, rectified};
     p.row_tiles = static_cast<int>(divide_up(s.out_per_group(), kSide));
     p.column_tiles = static_cast<int>(divide_up(s.in_per_group() * s.taps(), kSide));
     const bool direct = splits.count == 1 && std::is_same_v<T, Sum<T>>;
     auto* const partial = (direct ? grad_weight : workspace).template as<Sum<T>>();
-    launch(weight_gradient_kernel<T, kChannelsLast, kVector>,
+    launch(weight_gradient_kernel<T, kChannelsLast, kVector, Source>,
            grid(splits.count * s.groups * p.row_tiles * p.column_tiles), dim3(kTileThreads), 0,
-           exec, p, image.as<const T>(), signal.as<const T>(), forward.as<const T>(), partial);
+           exec, p, image.as<const T>(), source, partial);
     if (!direct) sum_splits<T>(partial, weights(s), splits.count, grad_weight.as<T>(), exec);
 }
 
@@ -292,19 +299,16 @@ void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address f
     sum_splits<T>(partial, s.out_channels, splits.count, grad_bias.as<T>(), exec);
 }
 
-template <typename T, bool kChannelsLast>
-void gradients(const ConvShape& s, Dtype dtype, bool rectified, Address image, Address signal,
-               Address forward, Address grad_weight, Address grad_bias, Address workspace,
-               const Exec& exec) {
-    const bool vector = kChannelsLast && sizeof(T) <= 4 && s.in_per_group() % 4 == 0 &&
-                        s.out_per_group() % 4 == 0 && aligned(image, signal, forward);
-    constexpr int kVector = kChannelsLast && sizeof(T) <= 4 ? 4 : 1;
-    (vector ? weight_gradient<T, kChannelsLast, kVector>
-            : weight_gradient<T, kChannelsLast, 1>)(s, rectified, image, signal, forward,
-                                                    grad_weight, workspace, exec);
-    if (grad_bias)
-        bias_gradient<T, kChannelsLast>(s, rectified, signal, forward, grad_bias,
-                                        workspace.as<Sum<T>>() + weight_partials(s, dtype), exec);
+// run(T{}, channels_last, vector) with the constants of the kernel that serves a shape; `packs`:
+// whether the tensors are aligned to four channels.
+template <typename Run>
+void with_layout(const ConvShape& s, Dtype dtype, bool packs, Run&& run) {
+    using std::bool_constant;
+    const bool four = packs && s.in_per_group() % 4 == 0 && s.out_per_group() % 4 == 0;
+    with_vector(dtype, s.channels_last && four, [&](auto zero, auto vector) {
+        if (s.channels_last) return run(zero, bool_constant<true>{}, vector);
+        if constexpr (vector() == 1) run(zero, bool_constant<false>{}, vector);
+    });
 }
 
 }  // namespace
@@ -316,11 +320,36 @@ std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, c
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec) {
-    with_dtype(dtype, [&](auto zero) {
+    const Address mask = mask_of(gate, forward);
+    const Layout maps = s.maps();
+    const TapSteps steps = {maps.step_image(), maps.step_channel(), maps.step_y(), maps.step_x()};
+    with_layout(s, dtype, aligned(image, signal, mask), [&](auto zero, auto last, auto vector) {
         using T = decltype(zero);
-        const auto compute = s.channels_last ? gradients<T, true> : gradients<T, false>;
-        compute(s, dtype, (static_cast<int>(gate) & kRectify) != 0, image, signal,
-                mask_of(gate, forward), grad_weight, grad_bias, workspace, exec);
+        const TensorSource<T> source{signal.as<const T>(), mask.as<const T>()};
+        weight_gradient<T, last(), vector()>(s, steps, gate, image, source, grad_weight, workspace,
+                                             exec);
+        if (grad_bias)
+            bias_gradient<T, last()>(s, (static_cast<int>(gate) & kRectify) != 0, signal, mask,
+                                     grad_bias, workspace.as<Sum<T>>() + weight_partials(s, dtype),
+                                     exec);
+    });
+}
+
+std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& s, const PoolShape&,
+                                                   Dtype dtype, const Exec&) {
+    return weight_partials(s, dtype) * sum_bytes(dtype);
+}
+
+void unpool_relu_weight_gradient(const ConvShape& s, const PoolShape& pool, Dtype dtype, Gate gate,
+                                 bool overwrite, Address image, Address signal, Address switches,
+                                 Address forward, Address grad_weight, Address workspace,
+                                 const Exec& exec) {
+    const bool packs = aligned(image, signal, switches, mask_of(gate, forward));
+    with_layout(s, dtype, packs, [&](auto zero, auto last, auto vector) {
+        using T = decltype(zero);
+        const UnpooledSource<T> source(pool, gate, overwrite, signal, switches, forward);
+        weight_gradient<T, last(), vector()>(s, UnpooledSource<T>::steps(pool), gate, image, source,
+                                             grad_weight, workspace, exec);
     });
 }
 

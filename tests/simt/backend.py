@@ -22,6 +22,7 @@ WRITTEN = {
     "conv2d_relu_max_pool2d": {6: True, 7: True, 8: False},
     "max_unpool2d": {5: True},
     "unpool_relu_deconv2d": {10: True, 11: False},
+    "unpool_relu_weight_gradient": {9: True, 10: False},
     "switch_gather": {5: True},
     "find_invalid_switch": {2: True},
     "local_response_norm": {6: True},

@@ -173,8 +173,13 @@ def conv2d_weight_gradient(
         tensors = dense(image, layout), dense(signal, layout), dense(forward, layout)
         results = grad_weight, grad_bias if with_bias else None
         core.run("conv2d_weight_gradient", image, *where, core.GATES[gate], *tensors, *results, scratch)
+    return like_weight(grad_weight, weight), grad_bias
+
+
+def like_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """A contiguous gradient with the weight's strides."""
     strided = torch.empty_like(weight)
-    return grad_weight if strided.stride() == grad_weight.stride() else strided.copy_(grad_weight), grad_bias
+    return gradient if strided.stride() == gradient.stride() else strided.copy_(gradient)
 
 
 @conv2d_weight_gradient.register_fake

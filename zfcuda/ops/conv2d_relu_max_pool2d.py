@@ -10,13 +10,12 @@ from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import dense, empty, flag, integer, memory_format, pair, tensor
-from zfcuda.ops._conv import Filters, conv2d_weight_gradient
+from zfcuda.ops._conv import Filters
 from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
 from zfcuda.ops._register import entry, operator
 from zfcuda.ops.conv2d_relu import check
-from zfcuda.ops.deconv2d import deconvolve
-from zfcuda.ops.max_unpool2d import unpool
+from zfcuda.ops.unpool_relu_deconv2d import deconvolve_unpooled, unpooled_weight_gradient
 
 __all__ = ["conv2d_relu_max_pool2d"]
 
@@ -240,23 +239,20 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     if grad_output is None:
         return (None,) * 12
     input, weight, output, switches = ctx.saved_tensors
-    filters: Filters = ctx.filters
+    filters, window, layout = ctx.filters, ctx.window, memory_format(switches)
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    maps_size = filters.maps_size(ctx.input_size, weight.shape[2:])
     # What the rectifier lets pass can be told from the maxima: the gradient reaches nothing else.
-    passed = dense(grad_output.masked_fill(output.detach() <= 0, 0), memory_format(switches))
+    grad, opened = dense(grad_output, layout), output.detach()
     grad_input = grad_weight = grad_bias = None
-    if needs_input or needs_weight:
-        size = filters.maps_size(ctx.input_size, weight.shape[2:])
-        maps = unpool(passed, switches, *ctx.window, size, False, False)
-        if needs_input:
-            reached = filters.image_size(size, weight.shape[2:])
-            rest = [n - r for n, r in zip(ctx.input_size, reached, strict=True)]
-            stride, padding, dilation, groups = filters
-            grad_input = deconvolve(maps, weight, None, stride, padding, rest, groups, dilation, "none", None)
-        if needs_weight:
-            grad_weight, _ = conv2d_weight_gradient(input, maps, None, weight, *filters, "none", False)
+    if needs_input:
+        size = ctx.input_size, maps_size
+        grad_input = deconvolve_unpooled(grad, switches, weight, filters, window, *size, False, "backprop", opened)
+    if needs_weight:
+        slides = *filters, *window, maps_size
+        grad_weight = unpooled_weight_gradient(input, grad, switches, opened, weight, *slides, False, "backprop")
     if needs_bias:
-        grad_bias = passed.sum((0, 2, 3))
+        grad_bias = grad.masked_fill(opened <= 0, 0).sum((0, 2, 3))
     return grad_input, grad_weight, grad_bias, *(None,) * 9
 
 

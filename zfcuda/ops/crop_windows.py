@@ -49,6 +49,8 @@ def crop_windows(input: Tensor, images: Tensor, origins: Tensor, size: int | Seq
     Notes
     -----
     Not differentiable: a backward pass through the result raises.
+    The check of the images reads their numbers, which on CUDA waits for the device; while a CUDA graph is being
+    captured it is left out.
     """
     if not 0 <= integer("fill", fill) <= 255:
         raise RuntimeError(f"fill is {fill}; it must be a byte, 0 to 255")
@@ -68,19 +70,27 @@ def _check(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int]) 
         raise RuntimeError(f"input has shape {tuple(input.shape)}; it must be (images, height, width, channels)")
     if min(size) < 1:
         raise RuntimeError(f"size is {tuple(size)}; both numbers must be at least 1")
-    check_origins("images", images, images.shape[:1], input)
+    if images.dim() != 1:
+        raise RuntimeError(f"images has shape {tuple(images.shape)}; it must be (windows,), a number for each window")
+    check_origins("images", images, images.shape, input)
     check_origins("origins", origins, (len(images), 2), input)
     return [len(images), *size, input.size(3)]
+
+
+def _check_images(images: Tensor, count: int) -> None:
+    if core.capturing(images):
+        return
+    low, high = (int(v) for v in images.aminmax())
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        raise IndexError(f"images has {wrong}; it must name the {count} images of input, counted from 0")
 
 
 @operator("crop_windows")
 def _crop(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], fill: int) -> Tensor:
     windows = torch.empty(_check(input, images, origins, size), dtype=input.dtype, device=input.device)
     if windows.numel():
-        low, high = (int(v) for v in images.aminmax())
-        if low < 0 or high >= len(input):
-            wrong = low if low < 0 else high
-            raise IndexError(f"images has {wrong}; it must name the {len(input)} images of input, counted from 0")
+        _check_images(images, len(input))
         pixel = input.size(3) * input.element_size()
         shape = (*input.shape[:3], pixel, *windows.shape[:3], fill)
         core.run("crop_windows", input, shape, input.contiguous(), images.contiguous(), origins.contiguous(), windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zfcuda import core
@@ -18,7 +19,7 @@ from zfcuda.ops._common import (
     pair,
     tensor,
 )
-from zfcuda.ops._conv import Filters, conv2d_gated, conv2d_weight_gradient
+from zfcuda.ops._conv import Filters, conv2d_gated, like_weight
 from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
 from zfcuda.ops._register import entry, operator
@@ -130,7 +131,7 @@ def unpool_relu_deconv2d(
         tensor("forward", forward, optional=True),
     )
     if out is None:
-        return _unpool_relu_deconv2d(*arguments)
+        return unpool_deconvolve(*arguments, True)
     (output,) = outputs(out, 1)
     refuse_gradients("unpool_relu_deconv2d", signal, weight, bias, output)
     _unpool_relu_deconv2d_out(*arguments, output)
@@ -166,6 +167,7 @@ def _run(
     overwrite: bool,
     gate: str,
     forward: Tensor | None,
+    check_values: bool,
     image: Tensor,
 ) -> None:
     if not image.numel():
@@ -173,7 +175,8 @@ def _run(
     layout = memory_format(signal)
     pool = window.shape(maps, signal.shape, layout)
     switches = dense(switches, layout)
-    check_switch_values(switches, pool, window, maps)
+    if check_values:
+        check_switch_values(switches, pool, window, maps)
     where = filters.shape(image.shape, maps, weight, layout), pool, core.DTYPES[signal.dtype]
     scratch = core.workspace("unpool_relu_deconv2d", signal, *where)
     tensors = dense(signal, layout), switches, dense(forward, layout), weight.contiguous()
@@ -182,7 +185,7 @@ def _run(
 
 
 @operator("unpool_relu_deconv2d", batched=("signal", "switches", "forward"))
-def _unpool_relu_deconv2d(
+def unpool_deconvolve(
     signal: Tensor,
     switches: Tensor,
     weight: Tensor,
@@ -200,6 +203,7 @@ def _unpool_relu_deconv2d(
     overwrite: bool,
     gate: str,
     forward: Tensor | None,
+    check_values: bool,
 ) -> Tensor:
     filters = Filters(stride, padding, dilation, groups)
     window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
@@ -207,11 +211,11 @@ def _unpool_relu_deconv2d(
         signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward
     )
     image = empty(signal, size, memory_format(signal))
-    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, image)
+    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, check_values, image)
     return image
 
 
-@_unpool_relu_deconv2d.register_fake
+@unpool_deconvolve.register_fake
 def _(
     signal: Tensor,
     switches: Tensor,
@@ -230,6 +234,7 @@ def _(
     overwrite: bool,
     gate: str,
     forward: Tensor | None,
+    check_values: bool,
 ) -> Tensor:
     filters = Filters(stride, padding, dilation, groups)
     window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
@@ -266,7 +271,7 @@ def _unpool_relu_deconv2d_out(
     check_out("out", output, signal, size, memory_format(signal), signal.dtype)
     inputs = {"signal": signal, "switches": switches, "weight": weight, "bias": bias, "forward": forward}
     check_apart({"out": output}, inputs)
-    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, output)
+    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, True, output)
 
 
 @_unpool_relu_deconv2d_out.register_fake
@@ -297,7 +302,9 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    signal, switches, weight, _, stride, padding, _, groups, dilation, *window, size, overwrite, gate, forward = inputs
+    signal, switches, weight, _, stride, padding, _, groups, dilation, *window, size, overwrite, gate, forward, _ = (
+        inputs
+    )
     ctx.filters, ctx.window = Filters(stride, padding, dilation, groups), Window(*window)
     ctx.size, ctx.overwrite, ctx.gate = size, overwrite, gate
     needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
@@ -309,25 +316,144 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     signal, switches, weight, forward = ctx.saved_tensors
     grad = dense(grad, ctx.layout)
-    filters: Filters = ctx.filters
     needs_signal, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    rectifies = ctx.gate in ("deconvnet", "guided")
-    grad_signal = grad_weight = grad_bias = maps = None
-    if signal is not None:
-        masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
-        maps = unpool(dense(masked, ctx.layout), switches, *ctx.window, ctx.maps_size, ctx.overwrite, False)
+    grad_signal = grad_weight = grad_bias = None
+    slides = *ctx.filters, *ctx.window, ctx.maps_size, ctx.overwrite, ctx.gate
     if needs_signal:
-        opened = maps.detach() if rectifies and maps is not None else None
-        grad_maps = conv2d_gated(grad, weight, None, opened, *filters, ctx.maps_size)
-        grad_signal = gather(grad_maps, switches, *ctx.window, ctx.overwrite, False)
-        if forward is not None:
-            grad_signal = dense(grad_signal.masked_fill(forward <= 0, 0), ctx.layout)
+        grad_signal = _to_signal(grad, weight, signal, switches, forward, *slides)
     if needs_weight:
-        gate = "deconvnet" if rectifies else "none"
-        grad_weight, _ = conv2d_weight_gradient(grad, maps, None, weight, *filters, gate, False)
+        grad_weight = unpooled_weight_gradient(grad, signal, switches, forward, weight, *slides)
     if needs_bias:
         grad_bias = grad.sum((0, 2, 3))
-    return grad_signal, None, grad_weight, grad_bias, *(None,) * 13
+    return grad_signal, None, grad_weight, grad_bias, *(None,) * 14
 
 
-_unpool_relu_deconv2d.register_autograd(_backward, _setup_context)
+def _to_signal(
+    image: Tensor,
+    weight: Tensor,
+    signal: Tensor | None,
+    switches: Tensor,
+    forward: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    maps_size: Sequence[int],
+    overwrite: bool,
+    gate: str,
+) -> Tensor:
+    """The transpose of the whole step with respect to its signal, which is given where the gate asks for its sign."""
+    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    opened = None
+    if gate in ("deconvnet", "guided"):
+        assert signal is not None
+        masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
+        masked = dense(masked, memory_format(image))
+        opened = unpool(masked, switches, *window, maps_size, overwrite, False).detach()
+    maps = conv2d_gated(image, weight, None, opened, stride, padding, dilation, groups, maps_size)
+    pooled = gather(maps, switches, *window, overwrite, False)
+    return pooled if forward is None else dense(pooled.masked_fill(forward <= 0, 0), memory_format(image))
+
+
+unpool_deconvolve.register_autograd(_backward, _setup_context)
+
+
+@operator("unpool_relu_weight_gradient")
+def unpooled_weight_gradient(
+    image: Tensor,
+    signal: Tensor,
+    switches: Tensor,
+    forward: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    maps_size: Sequence[int],
+    overwrite: bool,
+    gate: str,
+) -> Tensor:
+    """``conv2d_weight_gradient`` of the unpooled and gated signal, which is never in memory."""
+    if not signal.numel():
+        return torch.zeros_like(weight)
+    gradient = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    layout, maps = memory_format(image), [*signal.shape[:2], *maps_size]
+    pool = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation).shape(maps, signal.shape, layout)
+    filters = Filters(stride, padding, dilation, groups)
+    where = filters.shape(image.shape, maps, weight, layout), pool, core.DTYPES[image.dtype]
+    scratch = core.workspace("unpool_relu_weight_gradient", image, *where)
+    tensors = dense(image, layout), dense(signal, layout), dense(switches, layout), dense(forward, layout)
+    kernel = "unpool_relu_weight_gradient"
+    core.run(kernel, image, *where, core.GATES[gate], overwrite, *tensors, gradient, scratch)
+    return like_weight(gradient, weight)
+
+
+@unpooled_weight_gradient.register_fake
+def _(
+    image: Tensor,
+    signal: Tensor,
+    switches: Tensor,
+    forward: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    maps_size: Sequence[int],
+    overwrite: bool,
+    gate: str,
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    image, signal, switches, forward, _, *ctx.slides = inputs
+    ctx.save_for_backward(image, signal, switches, forward)
+
+
+def _gradient_backward(ctx: Any, by_weight: Tensor) -> tuple[Tensor | None, ...]:
+    image, signal, switches, forward = ctx.saved_tensors
+    filters, window = Filters(*ctx.slides[:4]), Window(*ctx.slides[4:8])
+    maps_size, overwrite, gate = ctx.slides[8:]
+    grad_image = grad_signal = None
+    if ctx.needs_input_grad[0]:
+        size = image.shape[2:], maps_size
+        grad_image = deconvolve_unpooled(signal, switches, by_weight, filters, window, *size, overwrite, gate, forward)
+    if ctx.needs_input_grad[1]:
+        grad_signal = _to_signal(image, by_weight, signal, switches, forward, *ctx.slides)
+    return grad_image, grad_signal, *(None,) * 14
+
+
+unpooled_weight_gradient.register_autograd(_gradient_backward, _gradient_setup_context)
+
+
+def deconvolve_unpooled(
+    signal: Tensor,
+    switches: Tensor,
+    weight: Tensor,
+    filters: Filters,
+    window: Window,
+    image_size: Sequence[int],
+    maps_size: Sequence[int],
+    overwrite: bool,
+    gate: str,
+    forward: Tensor | None,
+) -> Tensor:
+    """The step down to an image of this height and width, by switches that are known to be right."""
+    stride, padding, dilation, groups = filters
+    reached = filters.image_size(maps_size, weight.shape[2:])
+    rest = [n - r for n, r in zip(image_size, reached, strict=True)]
+    slides = stride, padding, rest, groups, dilation, *window, maps_size
+    return unpool_deconvolve(signal, switches, weight, None, *slides, overwrite, gate, forward, False)
