@@ -82,13 +82,19 @@ def test_every_operator_is_here():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CALLS)
-def test_arrays_give_what_tensors_give(name, kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_arrays_give_what_tensors_give(name, kind, dtype):
     cls, make, read = KINDS[kind]
-    args, kwargs = CALLS[name]
+
+    def of_dtype(value):
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
 
     def arrays(value):
         return make(value) if isinstance(value, torch.Tensor) else value
 
+    args, kwargs = CALLS[name]
+    args, kwargs = [of_dtype(a) for a in args], {k: of_dtype(v) for k, v in kwargs.items()}
     expected = getattr(ops, name)(*args, **kwargs)
     actual = getattr(ops, name)(*map(arrays, args), **{k: arrays(v) for k, v in kwargs.items()})
     assert isinstance(actual, tuple) == isinstance(expected, tuple)

@@ -105,7 +105,8 @@ def test_the_deconvnet_refuses_what_it_does_not_know():
     [
         (lambda x: x, True),
         (lambda x: x.double(), True),
-        (lambda x: x.bfloat16(), False),
+        (lambda x: x.bfloat16(), True),
+        (lambda x: x.half(), True),
         (lambda x: x.contiguous(memory_format=torch.channels_last), False),
         (lambda x: x[0], False),
         (lambda x: x[:, :, :4], False),

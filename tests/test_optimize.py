@@ -658,3 +658,17 @@ def test_groups_are_left_to_torch(groups):
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups), nn.ReLU())
     (entry,) = zfcuda.optimize(model).zfcuda_report.left
     assert entry.reason == f"it has {groups} groups, for which torch's is faster"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves(dtype):
+    """Outputs close to torch's, which round the same maps; torch keeps the bfloat16 convolutions of a CPU."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3), nn.ReLU()).to(dtype)
+    optimised = zfcuda.optimize(model)
+    reasons = [each.reason for each in optimised.zfcuda_report.left]
+    assert len(reasons) == (2 if dtype == torch.bfloat16 else 0) and all("bfloat16" in reason for reason in reasons)
+    x = torch.randn(2, 3, 20, 20).to(dtype)
+    expected = model(x)
+    tolerance = 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert optimised(x).dtype == dtype and (optimised(x) - expected).abs().max() <= tolerance

@@ -161,3 +161,18 @@ def test_krizhevsky_sizes():
 def test_errors(options, words):
     with pytest.raises(ValueError, match=words):
         zfnet(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_halves(dtype):
+    """Forward and backward, as in float64 but for the roundings of each layer; not by more than torch's layers do."""
+    torch.manual_seed(0)
+    net = zfnet(fc_width=16, num_classes=5).eval().to(dtype)
+    images = torch.randn(2, 3, 224, 224).to(dtype)
+    exact = zfnet(fc_width=16, num_classes=5).eval().double()
+    exact.load_state_dict(net.state_dict())
+    output, expected = net(images), exact(images.double())
+    assert output.dtype == dtype
+    assert (output - expected).abs().max() <= 2 * len(list(net.children())) * torch.finfo(dtype).eps * expected.abs().max()
+    output.sum().backward()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in net.parameters())

@@ -90,6 +90,28 @@ struct Epilogue {
         if (gate == Gate::backprop) value = forward[offset] <= 0 ? Sum<T>(0) : value;
         dest[offset] = T(value);
     }
+
+    // Channels of a position as halves, `step` apart, a vector at a time.
+    void halves(std::int64_t offset, std::int64_t step, std::int64_t channel, const Sum<T>* values,
+                std::int64_t count) const {
+        constexpr std::int64_t columns = gemm::kColumns<T>;
+        Sum<T> row[columns], other[columns];
+        T stored[columns];
+        std::copy_n(values, count, row);
+        if (bias) {
+            const Sum<T>* shift = widened(bias + channel, count, other);
+            for (std::int64_t i = 0; i < count; ++i) row[i] += shift[i];
+        }
+        if (gate == Gate::deconvnet)
+            for (std::int64_t i = 0; i < count; ++i) row[i] = row[i] <= 0 ? 0 : row[i];
+        if (gate == Gate::backprop) {
+            for (std::int64_t i = 0; i < count; ++i) stored[i] = forward[offset + i * step];
+            const Sum<T>* mask = widened(stored, count, other);
+            for (std::int64_t i = 0; i < count; ++i) row[i] = mask[i] <= 0 ? 0 : row[i];
+        }
+        store_rounded(stored, row, count);
+        for (std::int64_t i = 0; i < count; ++i) dest[offset + i * step] = stored[i];
+    }
 };
 
 constexpr std::int64_t kPassRows = 8 * gemm::kRows;
@@ -143,9 +165,12 @@ void store_tiles(const Pass<T>& pass, const Epilogue<T>& epilogue, const Sum<T>*
             for (std::int64_t r = 0; r < std::min(height, rows - i); ++r, at.next()) {
                 const std::int64_t offset = pass.dest.offset(
                     at.n, channel + j, pass.taps.rows.dest(at.y), pass.taps.columns.dest(at.x));
-                for (std::int64_t c = 0; c < used; ++c)
-                    epilogue(offset + c * pass.dest.step_channel(), channel + j + c,
-                             tile[r * width + c]);
+                const std::int64_t step = pass.dest.step_channel();
+                if constexpr (std::is_same_v<T, Sum<T>>)
+                    for (std::int64_t c = 0; c < used; ++c)
+                        epilogue(offset + c * step, channel + j + c, tile[r * width + c]);
+                else
+                    epilogue.halves(offset, step, channel + j, tile + r * width, used);
             }
         });
     });

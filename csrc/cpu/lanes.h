@@ -2,6 +2,7 @@
 // lines give SSE, AVX2, AVX-512 and NEON.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -226,5 +227,32 @@ struct Lanes<Half<Format>> : Lanes<float> {
         return __builtin_convertvector(Format::template narrow<Value, Word>(value), Bits);
     }
 };
+
+// body(start, lanes) for vectors that cover [0, count); the last one meets some numbers again where
+// it can.
+template <typename T, typename Body>
+inline void for_lanes(std::int64_t count, Body&& body) {
+    constexpr std::int64_t lanes = Lanes<T>::count;
+    if (count < lanes) return count ? body(0, count) : void();
+    for (std::int64_t i = 0; i < count; i += lanes) body(std::min(i, count - lanes), lanes);
+}
+
+// `count` numbers from `from` on as what they are computed in: they themselves, or in `room`.
+template <typename T>
+const Sum<T>* widened(const T* from, std::int64_t count, Sum<T>* room) {
+    if constexpr (std::is_same_v<T, Sum<T>>) return from;
+    for_lanes<T>(count, [&](std::int64_t i, std::int64_t lanes) {
+        Lanes<Sum<T>>::store(room + i, Lanes<T>::load(from + i, lanes), lanes);
+    });
+    return room;
+}
+
+// The other way: `count` numbers, rounded if `to` holds halves.
+template <typename T>
+void store_rounded(T* to, const Sum<T>* from, std::int64_t count) {
+    for_lanes<T>(count, [&](std::int64_t i, std::int64_t lanes) {
+        Lanes<T>::store(to + i, Lanes<Sum<T>>::load(from + i, lanes), lanes);
+    });
+}
 
 }  // namespace zfcuda

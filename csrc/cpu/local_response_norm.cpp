@@ -19,6 +19,7 @@
 //   (3.7 to 4.4 times a copy: bound by the square roots and the division, not yet by memory)
 #include <cmath>
 
+#include "lanes.h"
 #include "parallel.h"
 
 namespace zfcuda {
@@ -55,11 +56,12 @@ struct Norm {
         std::fill_n(d, lanes, V(0));
         for (std::int64_t o = -(s.size / 2); o <= (s.size - 1) / 2; ++o) {
             const Range inside = lanes_inside(c + o, 0, s.channels, lanes);
-            const T* source = x + at + o * s.layout().step_channel();
-            for (std::int64_t i = inside.first; i < inside.last; ++i) {
-                const V value = source[i];
-                d[i] += value * value;
-            }
+            if (inside.first >= inside.last) continue;
+            V room[kLanes];
+            const T* source = x + at + o * s.layout().step_channel() + inside.first;
+            const V* value = widened(source, inside.last - inside.first, room);
+            for (std::int64_t i = inside.first; i < inside.last; ++i, ++value)
+                d[i] += *value * *value;
         }
         for (std::int64_t i = 0; i < lanes; ++i) d[i] = k + scale * d[i];
     }
@@ -83,7 +85,14 @@ struct Norm {
             const std::int64_t block = s.channels_last ? channels(c, s.channels) : lanes;
             denominators(at, c, block, d);
             powers(d, block, power);
-            for (std::int64_t i = 0; i < block; ++i) y[at + i] = T(x[at + i] * power[i]);
+            V room[kLanes];
+            const V* value = widened(x + at, block, room);
+            if constexpr (std::is_same_v<T, V>) {
+                for (std::int64_t i = 0; i < block; ++i) y[at + i] = value[i] * power[i];
+            } else {
+                for (std::int64_t i = 0; i < block; ++i) power[i] *= value[i];
+                store_rounded(y + at, power, block);
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "../ops.h"
+#include "lanes.h"
 
 namespace zfcuda {
 
@@ -69,6 +70,14 @@ struct Source {
         if constexpr (gate == Gate::backprop || gate == Gate::guided)
             value = forward[i] <= 0 ? Sum<T>(0) : value;
         return value;
+    }
+
+    // Neighbours, to dest.
+    void run(std::int64_t first, std::int64_t count, Sum<T>* dest) const {
+        if constexpr (gate == Gate::none && !std::is_same_v<T, Sum<T>>)
+            widened(signal + first, count, dest);
+        else
+            for (std::int64_t i = 0; i < count; ++i) dest[i] = (*this)(first + i);
     }
 };
 
@@ -150,14 +159,14 @@ struct Taps {
                    T* out) const {
         const std::int64_t step = columns.tap_step * layout.step_x();
         if (layout.channels_last && step == channels) {  // one run
-            for (std::int64_t i = from; i < to; ++i) out[i] = source(base + i);
+            source.run(base + from, to - from, out + from);
             return;
         }
         for (std::int64_t tx = from / channels; tx * channels < to; ++tx) {
             const std::int64_t begin = std::max(from, tx * channels), start = tx * channels;
             const std::int64_t end = std::min(to, start + channels), pixel = base + tx * step;
             if (layout.channels_last)
-                for (std::int64_t i = begin; i < end; ++i) out[i] = source(pixel + i - start);
+                source.run(pixel + begin - start, end - begin, out + begin);
             else
                 for (std::int64_t i = begin; i < end; ++i)
                     out[i] = source(pixel + (i - start) * layout.step_channel());

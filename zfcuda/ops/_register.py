@@ -184,8 +184,7 @@ def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], 
     Parameters
     ----------
     casts
-        Autocast converts the tensors to its active dtype, as it does for torch's convolutions. Where there are no
-        kernels for a dtype, autocast converts to float32.
+        Autocast converts the tensors to its active dtype, as it does for torch's convolutions.
     repeats
         Plain calls may be repeated from a memo: the values of tensors change nothing but through the kernels that run,
         and through :func:`zfcuda.core.find`.
@@ -211,8 +210,8 @@ def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], 
             if not tensors:
                 return on_arrays(function, args, kwargs)
             device = tensors[0].device.type
-            if not in_place and device in core.BACKENDS and torch.is_autocast_enabled(device):
-                to = functools.partial(_autocast, torch.get_autocast_dtype(device), casts)
+            if casts and device in core.BACKENDS and torch.is_autocast_enabled(device):
+                to = functools.partial(_autocast, torch.get_autocast_dtype(device))
                 named = {name: value if name == "out" else to(value) for name, value in kwargs.items()}
                 return function(*map(to, args), **named)
             return function(*args, **kwargs)
@@ -222,13 +221,10 @@ def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], 
     return decorate
 
 
-def _autocast(active: torch.dtype, casts: bool, value: Any) -> Any:
-    """``value`` in the dtype in which autocast lets an operator compute; float64 is left alone, as torch does."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
-        return value
-    if casts and active in core.DTYPES:
-        return value.to(active)
-    return value if value.dtype in core.DTYPES else value.float()
+def _autocast(active: torch.dtype, value: Any) -> Any:
+    """``value`` in the active dtype, if it is a floating tensor; float64 is left alone, as torch does."""
+    converts = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(active) if converts else value
 
 
 def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -53,6 +53,8 @@ def _conv_objection(conv: Any) -> str | None:
         return f"it has {conv.groups} groups, for which torch's is faster"
     if conv.weight.dtype not in core.DTYPES:
         return f"its dtype is {conv.weight.dtype}"
+    if conv.weight.is_cpu and conv.weight.dtype == torch.bfloat16:
+        return "it is bfloat16 on the CPU, for which torch's is faster"
     return None
 
 
