@@ -173,6 +173,8 @@ def test_in_halves(dtype):
     exact.load_state_dict(net.state_dict())
     output, expected = net(images), exact(images.double())
     assert output.dtype == dtype
-    assert (output - expected).abs().max() <= 2 * len(list(net.children())) * torch.finfo(dtype).eps * expected.abs().max()
+    assert (output - expected).abs().max() <= 2 * len(list(net.children())) * torch.finfo(
+        dtype
+    ).eps * expected.abs().max()
     output.sum().backward()
     assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in net.parameters())
