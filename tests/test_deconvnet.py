@@ -4,6 +4,7 @@ The oracle is plain torch: the net is run forwards with its ReLUs, pools and nor
 functions whose backward is the deconvnet's rule, and autograd goes down from one activation.
 """
 
+import copy
 import itertools
 
 import numpy as np
@@ -188,6 +189,22 @@ def test_equals_the_oracle_in_float32(make, layer, at, gate):
     close(
         zfcuda.DeconvNet(net).project(images, layer, 2, gate=gate), oracle(leaves(net), images, at, 2, gate=gate), 1e-5
     )
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make, layer, at", [CASES[0], CASES[3], CASES[5], CASES[8], CASES[12], CASES[19]])
+def test_nearly_equals_the_oracle_in_halves(make, layer, at, gate, dtype):
+    """Of the same rounded weights: the same picture, in which rounded maps may have chosen other switches."""
+    net, images = build(make)
+    net, images = net.to(dtype), images.to(dtype)
+    got = zfcuda.DeconvNet(net).project(images, layer, 2, gate=gate)
+    want = oracle(leaves(copy.deepcopy(net).double()), images.double(), at, 2, gate=gate)
+    assert got.dtype == dtype and want.abs().max() > 0
+    likeness = F.cosine_similarity(got.double().flatten(), want.flatten(), 0)
+    if at == 0:
+        assert likeness > 1 - torch.finfo(dtype).eps  # no switch is between
+    assert likeness > 0.95
 
 
 @pytest.mark.parametrize("gate", GATES)
