@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
                                   std::uint8_t* switches) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
-    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kM / kPack);
-    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kN / kPack);
+    ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
+    ZF_SHARED(Pack<V>, right_tiles, 2 * Tile::kRightSize / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
     const int thread = threadIdx.x;
 
@@ -182,7 +182,7 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                 const dim3 blocks = grid(Tile::kN);
                 launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile>, blocks,
                        dim3(Tile::kThreads), Tile::kSharedBytes, exec, p, plan,
-                       TensorSource<T>{image.as<const T>(), nullptr}, workspace.as<const T>(),
+                       TensorSource<T>{image.as<const T>()}, workspace.as<const T>(),
                        bias.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
             };
             p.padded_columns == 16 ? run(NarrowMmaTile{}) : run(MediumMmaTile{});
@@ -195,9 +195,9 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         using Tile = typename Variant::Tile;
         const dim3 blocks = grid(Tile::kN);
         launch(conv2d_relu_max_pool2d_kernel<T, Tile, Variant::kChannelsLast, Variant::kVector>,
-               blocks, dim3(kTileThreads), 0, exec, p, plan,
-               TensorSource<T>{image.as<const T>(), nullptr}, workspace.as<const Sum<T>>(),
-               bias.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
+               blocks, dim3(kTileThreads), 0, exec, p, plan, TensorSource<T>{image.as<const T>()},
+               workspace.as<const Sum<T>>(), bias.as<const T>(), output.as<T>(),
+               switches.as<std::uint8_t>());
     });
 }
 
