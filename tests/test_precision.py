@@ -158,6 +158,37 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels)
 
 @CUDA
 @IN_EACH_MODE
+@pytest.mark.parametrize(
+    ("maps", "options", "pool"),
+    [
+        (20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
+        (6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
+        (8, {}, {"pool_kernel_size": (12, 11)}),  # windows of 132 pixels: by FMA
+    ],
+    ids=str,
+)
+def test_convolution_and_pool(backend, mode, maps, options, pool):
+    """The sums are those of the convolution, term by term, so that maxima and switches are the same bits."""
+    image = normal(2, 16, 14, 13)
+    weight, bias = normal(maps, 16 // options.get("groups", 1), 3, 3, seed=1), normal(maps, seed=2)
+    tensors = placed(mode, backend.device, image, weight, bias)
+    fused = ops.conv2d_relu_max_pool2d(*tensors, **options, **pool)
+    single = {name.removeprefix("pool_"): value for name, value in pool.items()}
+    if pool["pool_kernel_size"] != (12, 11):
+        for one, other in zip(fused, ops.max_pool2d(ops.conv2d_relu(*tensors, **options), **single), strict=True):
+            assert torch.equal(one, other)
+        return
+
+    def torchs(x, w):
+        return F.max_pool2d(F.conv2d(x, w, bias.to(x), **options).relu(), (12, 11))
+
+    by_fma = mode if mode in HALVES else "ieee"
+    check_model(fused[0], torchs, image, weight, by_fma)
+
+
+@CUDA
+@IN_EACH_MODE
 @pytest.mark.parametrize("pooled", [False, True])
 def test_windows(backend, mode, pooled):
     """A weight that is packed once computes in the mode in which it was packed."""
@@ -184,7 +215,7 @@ def test_windows(backend, mode, pooled):
 
 
 @CUDA
-@pytest.mark.parametrize("mode", ["tf32", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("mode", ["ieee", "tf32", "bfloat16"], indirect=True)
 def test_many_pixels(backend, mode):
     """Enough blocks for the largest tile; more chunks than there are buffers."""
     image, weight = normal(1, 8, 132, 131), normal(128, 8, 3, 3, seed=1)

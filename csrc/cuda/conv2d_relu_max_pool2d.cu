@@ -18,65 +18,11 @@
 // then the maps of one image at a time go through the workspace.
 // Least bytes: image + weights + output + one byte a switch.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
-#include "places.cuh"
+#include "pool_block.cuh"
 #include "tap_gemm.cuh"
 
 namespace zfcuda {
 namespace {
-
-// One dimension of the pool: `tile` windows a block, which read `box` positions of the maps.
-struct PoolAxis {
-    int size, count;  // positions, windows
-    int kernel, stride, padding, dilation;
-    int tile, box, tiles;
-
-    PoolAxis(std::int64_t positions, std::int64_t windows, std::int64_t kernel_size,
-             std::int64_t stride_size, std::int64_t padding_size, std::int64_t dilation_size)
-        : size(static_cast<int>(positions)),
-          count(static_cast<int>(windows)),
-          kernel(static_cast<int>(kernel_size)),
-          stride(static_cast<int>(stride_size)),
-          padding(static_cast<int>(padding_size)),
-          dilation(static_cast<int>(dilation_size)) {}
-
-    std::int64_t box_of(std::int64_t windows) const {
-        return (windows - 1) * stride + std::int64_t(kernel - 1) * dilation + 1;
-    }
-    void set(int windows) {
-        tile = windows;
-        box = static_cast<int>(box_of(windows));
-        tiles = (count + tile - 1) / tile;
-    }
-};
-
-struct PoolPlan {
-    PoolAxis y, x;
-    Divisor box_width, tile_width, windows;  // of a block
-    Layout output;
-
-    explicit PoolPlan(const PoolShape& s)
-        : y(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h),
-          x(s.in_width, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w),
-          output(s.output()) {}
-
-    // Chooses the tile whose box has at most `pixels`; false if there is none.
-    bool choose(int pixels) {
-        std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
-        int rows = 0, columns = 0;
-        for (int tall = 1; tall <= y.count && y.box_of(tall) * x.box_of(1) <= pixels; ++tall) {
-            int wide = 1;
-            while (wide < x.count && y.box_of(tall) * x.box_of(wide + 1) <= pixels) ++wide;
-            const std::int64_t blocks =
-                std::int64_t((y.count + tall - 1) / tall) * ((x.count + wide - 1) / wide);
-            if (blocks < fewest) fewest = blocks, rows = tall, columns = wide;
-        }
-        if (rows == 0) return false;
-        y.set(rows), x.set(columns);
-        box_width = Divisor(x.box), tile_width = Divisor(columns),
-        windows = Divisor(rows * columns);
-        return true;
-    }
-};
 
 template <typename T, typename Tile, bool kChannelsLast, int kVector>
 __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
@@ -85,64 +31,35 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
                                   std::uint8_t* switches) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
-    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kM / kPack);
-    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kN / kPack);
+    ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
+    ZF_SHARED(Pack<V>, right_tiles, 2 * Tile::kRightSize / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
     const int thread = threadIdx.x;
 
-    unsigned block = blockIdx.x;
-    const int first_column = static_cast<int>(block % p.column_tiles) * kN;
-    block /= p.column_tiles;
-    const int first_x = static_cast<int>(block % pool.x.tiles) * pool.x.tile;
-    block /= pool.x.tiles;
-    const int first_y = static_cast<int>(block % pool.y.tiles) * pool.y.tile;
-    block /= pool.y.tiles;
-    const int group = static_cast<int>(block % p.groups);
-    const std::int64_t n = block / p.groups;
-    const int top = first_y * pool.y.stride - pool.y.padding;
-    const int left = first_x * pool.x.stride - pool.x.padding;
-    const PhaseTaps rows = phase_taps<false>(p.y, 0), columns = phase_taps<false>(p.x, 0);
-
-    if (thread < kM) {
-        const int row = pool.box_width.divide(thread);
-        const int y = top + row, x = left + thread - row * pool.x.box;
-        const bool inside =
-            row < pool.y.box && y >= 0 && y < pool.y.size && x >= 0 && x < pool.x.size;
-        const int from_y = y * p.y.pixel_step + rows.offset;
-        const int from_x = x * p.x.pixel_step + columns.offset;
-        pixels[thread] = {p.steps.offset(n, std::int64_t(group) * p.channels, from_y, from_x),
-                          inside ? from_y : kOutside, from_x};
-    }
+    const PoolBlock block = pool_block<kN>(p, pool);
+    if (thread < kM) pixels[thread] = block.pixel(p, pool, thread);
     __syncthreads();
     typename Tile::Accumulator sum = {};
     const TapTiles<V, Tile> tiles = {reinterpret_cast<V*>(left_tiles),
                                      reinterpret_cast<V*>(right_tiles), pixels};
-    tap_product<V, Tile, false, kChannelsLast, kVector>(p, source, rows, columns, group,
-                                                        first_column, packed, tiles, sum);
+    tap_product<V, Tile, false, kChannelsLast, kVector>(
+        p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
-    const int own_column = Tile::column();
-    const std::int64_t first_channel = std::int64_t(group) * p.columns + first_column;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        if (bias == nullptr || first_column + own_column + j >= p.columns) continue;
-        const V shift = bias[first_channel + own_column + j];
-#pragma unroll
-        for (int i = 0; i < Tile::kRows; ++i) sum[i][j] += shift;
-    }
     // Windows compare what the maps would hold, so that rounding makes the same ties.
+    V shift[4];
+    load_bias(p, block.group, bias, block.first_column + Tile::column(), shift);
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] = static_cast<V>(static_cast<T>(sum[i][j]));
+        for (int j = 0; j < 4; ++j)
+            sum[i][j] = static_cast<V>(static_cast<T>(sum[i][j] + shift[j]));
 
     // kPart channels at a time: channel c of pixel r of the box lies at r * kPart + c in NHWC, at
     // c * kM + r in NCHW, so that lanes write packs and then read neighbours.
     constexpr int kPart = 2 * kDepth < kN ? 2 * kDepth : kN;
     V* const maps = tiles.left;
-    const int count = static_cast<int>(pool.windows.divisor);
-    const Divisor inner = pool.windows;
-    for (int part = 0; part < kN && first_column + part < p.columns; part += kPart) {
-        const int column = own_column - part;
+    for (int part = 0; part < kN && block.first_column + part < p.columns; part += kPart) {
+        const int column = Tile::column() - part;
         if (column >= 0 && column < kPart) {
 #pragma unroll
             for (int i = 0; i < Tile::kRows; i += kPack)
@@ -160,36 +77,57 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
                     }
         }
         __syncthreads();
-        for (int item = thread; item < count * kPart; item += kTileThreads) {
-            const int outer = kChannelsLast ? item / kPart : inner.divide(item);
-            const int rest = item - outer * (kChannelsLast ? kPart : count);
-            const int window = kChannelsLast ? outer : rest, c = kChannelsLast ? rest : outer;
-            const int row = pool.tile_width.divide(window);
-            const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
-            if (oy >= pool.y.count || ox >= pool.x.count || first_column + part + c >= p.columns)
-                continue;
-            V best = V(0);
-            int where = -1;
-            for (int i = 0; i < pool.y.kernel; ++i) {
-                const int y = oy * pool.y.stride - pool.y.padding + i * pool.y.dilation;
-                if (y < 0 || y >= pool.y.size) continue;
-                for (int j = 0; j < pool.x.kernel; ++j) {
-                    const int x = ox * pool.x.stride - pool.x.padding + j * pool.x.dilation;
-                    if (x < 0 || x >= pool.x.size) continue;
-                    const int pixel = (y - top) * pool.x.box + x - left;
-                    const V value = maps[kChannelsLast ? pixel * kPart + c : c * kM + pixel];
-                    const bool more = value > best || value != value;
-                    if (more || where < 0) where = i * pool.x.kernel + j;
-                    if (more) best = value;
-                }
-            }
-            const std::int64_t to = pool.output.offset(n, first_channel + part + c, oy, ox);
-            output[to] = static_cast<T>(best);
-            switches[to] = static_cast<std::uint8_t>(where);
-        }
+        block.look_through<T, kPart, kTileThreads, kChannelsLast>(
+            p, pool, part, maps,
+            [](int pixel, int c) { return kChannelsLast ? pixel * kPart + c : c * kM + pixel; },
+            output, switches);
         __syncthreads();
     }
 }
+
+// The same on the tensor cores, in NHWC. Two rows of a quarter of a warp differ in their last bit,
+// and in the half of the banks that they write.
+template <typename Factors, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool,
+                                      TensorSource<typename Factors::T> source,
+                                      const typename Factors::T* packed,
+                                      const typename Factors::T* bias, typename Factors::T* output,
+                                      std::uint8_t* switches) {
+    using T = typename Factors::T;
+    constexpr int kN = Tile::kN;
+    static_assert(Tile::kM * kN * sizeof(float) <= Tile::kSharedBytes, "room for the maps");
+    ZF_DYNAMIC_SHARED(Piece, stages);
+    const PoolBlock block = pool_block<kN>(p, pool);
+    typename Tile::Accumulator sum = {};
+    mma_product<Factors, Tile, false>(p, source, block.rows, block.columns, block.group,
+                                      block.first_column, packed, stages, sum,
+                                      [&](int row) { return block.pixel(p, pool, row); });
+
+    auto* const maps = reinterpret_cast<float*>(stages);
+    const auto at = [](int pixel, int c) {
+        return pixel * kN + (c ^ (pixel << 4 & 16 & (kN - 1)));
+    };
+#pragma unroll
+    for (int j = 0; j < Tile::kQuads; ++j) {
+        float shift[4];
+        load_bias(p, block.group, bias, block.first_column + Tile::column(j), shift);
+#pragma unroll
+        for (int i = 0; i < Tile::kRows; ++i) {
+            float quad[4];
+            Tile::quad(sum, i, j, quad);
+            Vector<float, 4> pack;
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                pack.value[e] = static_cast<float>(static_cast<T>(quad[e] + shift[e]));
+            store_vector(maps + at(Tile::row(i), Tile::column(j)), pack);
+        }
+    }
+    __syncthreads();
+    block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches);
+}
+
+constexpr int kMmaPixels = 128;  // of a box on the tensor cores
 
 // The largest box that any tile's product has as its rows, by dtype and columns.
 int box_pixels(const ConvShape& s, Dtype dtype) {
@@ -226,21 +164,40 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
     PoolPlan plan(pool);
     if (!plan.choose(box_pixels(s, dtype)))
         return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
-    pack_weights<false>(s, dtype, Way::fma, weight, workspace, exec);
-    TapPlan p = tap_plan<false>(s, dtype, Way::fma, Gate::none);
+    Way way = tap_way<false>(s, dtype, exec, image);
+    if (way != Way::fma && !plan.choose(kMmaPixels)) way = Way::fma;
+    pack_weights<false>(s, dtype, way, weight, workspace, exec);
+    TapPlan p = tap_plan<false>(s, dtype, way, Gate::none);
+    const auto grid = [&](int columns) {
+        p.column_tiles = p.padded_columns / columns;
+        return tap_grid(std::int64_t(p.column_tiles) * plan.x.tiles * plan.y.tiles * p.groups *
+                        s.batch);
+    };
+    if (way != Way::fma)
+        return with_factors(way, dtype, [&](auto factors) {
+            using Factors = decltype(factors);
+            using T = typename Factors::T;
+            const auto run = [&](auto tile) {
+                using Tile = decltype(tile);
+                const dim3 blocks = grid(Tile::kN);
+                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile>, blocks,
+                       dim3(Tile::kThreads), Tile::kSharedBytes, exec, p, plan,
+                       TensorSource<T>{image.as<const T>()}, workspace.as<const T>(),
+                       bias.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
+            };
+            p.padded_columns == 16 ? run(NarrowMmaTile{}) : run(MediumMmaTile{});
+        });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);
         using T = typename Variant::T;
         using Tile = typename Variant::Tile;
-        p.column_tiles = p.padded_columns / Tile::kN;
-        const dim3 grid = tap_grid(std::int64_t(p.column_tiles) * plan.x.tiles * plan.y.tiles *
-                                   p.groups * s.batch);
+        const dim3 blocks = grid(Tile::kN);
         launch(conv2d_relu_max_pool2d_kernel<T, Tile, Variant::kChannelsLast, Variant::kVector>,
-               grid, dim3(kTileThreads), 0, exec, p, plan,
-               TensorSource<T>{image.as<const T>(), nullptr}, workspace.as<const Sum<T>>(),
-               bias.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
+               blocks, dim3(kTileThreads), 0, exec, p, plan, TensorSource<T>{image.as<const T>()},
+               workspace.as<const Sum<T>>(), bias.as<const T>(), output.as<T>(),
+               switches.as<std::uint8_t>());
     });
 }
 

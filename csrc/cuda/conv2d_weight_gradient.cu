@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     };
 
     typename Product::Accumulator sum = {};
+    const auto first = Product::first();
     const std::int64_t pixels = s.batch * s.out_height * s.out_width;
     const std::int64_t rest = pixels - split * p.split_pixels;
     const std::int64_t chunks =
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
         const bool more = chunk + 1 < chunks;
         const int buffer = chunk % 2 * kDepth * kSide;
         if (more) fetch();
-        Product::multiply(left + buffer, right + buffer, sum);
+        Product::multiply(first, left + buffer, right + buffer, sum);
         if (more) stash(1 - chunk % 2);
         __syncthreads();
     }

@@ -23,6 +23,10 @@ void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Addres
     tap_gemm<true>(s, dtype, way, gate, signal, workspace, bias, forward, image, exec);
 }
 
+std::int64_t deconv2d_packed_bytes(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    return packed_weights<true>(s, dtype, tap_way<true>(s, dtype, exec));
+}
+
 void deconv2d_pack(const ConvShape& s, Dtype dtype, Address weight, Address packed,
                    const Exec& exec) {
     pack_weights<true>(s, dtype, tap_way<true>(s, dtype, exec), weight, packed, exec);

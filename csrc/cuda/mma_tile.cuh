@@ -162,4 +162,8 @@ struct MmaTile {
     }
 };
 
+using WideMmaTile = MmaTile<128, 128, 64, 64>;
+using MediumMmaTile = MmaTile<128, 64, 64, 32>;
+using NarrowMmaTile = MmaTile<128, 16, 32, 16>;
+
 }  // namespace zfcuda

@@ -33,4 +33,29 @@ struct Odometer {
     }
 };
 
+// The same for loops that keep what depends on the tap alone: which tap, by row and column among
+// those of its phase, and which of its channels (or pieces of them).
+struct TapWalk {
+    int channel, column, row;
+
+    __device__ TapWalk(int number, int channels, int width)
+        : channel(number % channels),
+          column(number / channels % width),
+          row(number / channels / width) {}
+
+    // Whether the step leads to another tap.
+    __device__ bool advance(int step, int channels, int width) {
+        channel += step;
+        if (channel < channels) return false;
+        do {
+            channel -= channels;
+            if (++column == width) {
+                column = 0;
+                ++row;
+            }
+        } while (channel >= channels);
+        return true;
+    }
+};
+
 }  // namespace zfcuda

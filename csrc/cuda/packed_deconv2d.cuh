@@ -6,8 +6,9 @@
 
 namespace zfcuda {
 
-// `packed` has room for deconv2d_workspace bytes, and serves every batch and size of the image, in
+// `packed` has room for deconv2d_packed_bytes, and serves every batch and size of the image, in
 // one Precision.
+std::int64_t deconv2d_packed_bytes(const ConvShape& shape, Dtype dtype, const Exec& exec);
 void deconv2d_pack(const ConvShape& shape, Dtype dtype, Address weight, Address packed,
                    const Exec& exec);
 

@@ -13,14 +13,25 @@ struct alignas(16) TapPixel {
     int y, x;
 };
 
-// The source is a tensor, zero where `forward` is given and blocks it. A source's Value is what it
-// loads.
+// The source is a tensor. A source's Value is what it loads.
 template <typename T>
 struct TensorSource {
     using Value = T;
-    const T *values, *forward;
+    const T* values;
 
     // kVector channels from element `offset` on, which lies at row y and column x.
+    template <int kVector>
+    __device__ Vector<T, kVector> load(std::int64_t offset, int, int) const {
+        return load_vector<T, kVector>(values + offset);
+    }
+};
+
+// The same, zero where `forward` is given and blocks it.
+template <typename T>
+struct MaskedSource {
+    using Value = T;
+    const T *values, *forward;
+
     template <int kVector>
     __device__ Vector<T, kVector> load(std::int64_t offset, int, int) const {
         return load_gated<T, kVector>(values, forward, offset);
@@ -96,6 +107,12 @@ inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
     const dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
     p.row_tiles = static_cast<int>(row_tiles);
     return grid;
+}
+
+// Whether tiles of this size have no columns that are padding alone, and are one for each SM of a
+// large GPU at least (132 on an H100).
+inline bool fills_gpu(TapPlan p, int rows, int columns) {
+    return p.padded_columns % columns == 0 && tap_grid(p, rows, columns).x >= 132;
 }
 
 // The bias of four columns of a group, zero beyond the last.

@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
                     T* result) {
     using V = Sum<T>;
-    constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
-    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kM / kPack);
-    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kN / kPack);
+    constexpr int kM = Tile::kM, kN = Tile::kN, kPack = Pack<V>::size;
+    ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
+    ZF_SHARED(Pack<V>, right_tiles, 2 * Tile::kRightSize / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
     ZF_SHARED(std::int64_t, targets, kM);
     const TapTiles<V, Tile> tiles = {reinterpret_cast<V*>(left_tiles),
@@ -63,35 +63,39 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
         p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
     // Bias and gate; then quads of neighbours: pixels in NCHW, channels in NHWC.
-    const int column = block.first_column + Tile::column();
-    V shift[4];
-    load_bias(p, block.group, bias, column, shift);
     const TapResult<T, kTransposed> to = {result, forward, p.rectify};
 #pragma unroll
-    for (int i = 0; i < Tile::kRows; i += 4)
+    for (int q = 0; q < Tile::kColumns; q += 4) {
+        const int column = block.first_column + Tile::column(q);
+        V shift[4];
+        load_bias(p, block.group, bias, column, shift);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
-            V quad[4];
+        for (int i = 0; i < Tile::kRows; i += 4)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                quad[e] = kChannelsLast ? sum[i + j][e] + shift[e] : sum[i + e][j] + shift[j];
-            if constexpr (kChannelsLast) {
-                to.store_channels(p, quad, targets[Tile::row(i + j)], column);
-            } else if (column + j < p.columns) {
-                const std::int64_t plane = (column + j) * p.result.step_channel();
-                if (p.quads) {
-                    const std::int64_t target = targets[Tile::row(i)];
-                    if (target >= 0) to.store_quad(quad, target + plane);
-                } else {
+            for (int j = 0; j < 4; ++j) {
+                // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
+                V quad[4];
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        const std::int64_t target = targets[Tile::row(i + e)];
-                        if (target >= 0) to.store(quad[e], target + plane);
+                for (int e = 0; e < 4; ++e)
+                    quad[e] =
+                        kChannelsLast ? sum[i + j][q + e] + shift[e] : sum[i + e][q + j] + shift[j];
+                if constexpr (kChannelsLast) {
+                    to.store_channels(p, quad, targets[Tile::row(i + j)], column);
+                } else if (column + j < p.columns) {
+                    const std::int64_t plane = (column + j) * p.result.step_channel();
+                    if (p.quads) {
+                        const std::int64_t target = targets[Tile::row(i)];
+                        if (target >= 0) to.store_quad(quad, target + plane);
+                    } else {
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const std::int64_t target = targets[Tile::row(i + e)];
+                            if (target >= 0) to.store(quad[e], target + plane);
+                        }
                     }
                 }
             }
-        }
+    }
 }
 
 // How a product runs, as a type: which tile, layout of the source and vector of its channels.
@@ -124,11 +128,10 @@ void with_variant(const TapPlan& p, Dtype dtype, bool channels_last, bool vector
     });
 }
 
-template <typename Variant, bool kTransposed, typename Source>
-void launch_tap_gemm(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
-                     Address result, const Exec& exec) {
+template <typename Variant, typename Tile, bool kTransposed, typename Source>
+void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
+                 Address result, const Exec& exec) {
     using T = typename Variant::T;
-    using Tile = typename Variant::Tile;
     const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
     if (grid.x == 0) return;
     constexpr bool kChannelsLast = Variant::kChannelsLast;
@@ -141,6 +144,20 @@ void launch_tap_gemm(TapPlan p, const Source& source, Address packed, Address bi
            forward.as<const T>(), result.as<T>());
 }
 
+// With the largest tile where that fills the GPU.
+template <typename Variant, bool kTransposed, typename Source>
+void launch_tap_gemm(const TapPlan& p, const Source& source, Address packed, Address bias,
+                     Address forward, Address result, const Exec& exec) {
+    using Square = Tile<float, 128, 128, 8, 8>;
+    if constexpr (std::is_same_v<typename Variant::T, float> && Variant::kVector == 4 &&
+                  Variant::Tile::kN == 64)
+        if (fills_gpu(p, Square::kM, Square::kN))
+            return launch_tile<Variant, Square, kTransposed>(p, source, packed, bias, forward,
+                                                             result, exec);
+    launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, packed, bias, forward,
+                                                              result, exec);
+}
+
 // `gate` acts on the source of the transposed convolution, on the result of the other; `packed` are
 // the weights, by pack_weights in the same way.
 template <bool kTransposed>
@@ -150,8 +167,10 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
     const Address mask = mask_of(gate, forward);
     const auto tensor = [&](auto zero) {
         using T = decltype(zero);
-        return TensorSource<T>{source.as<const T>(),
-                               (kTransposed ? mask : Address{}).template as<const T>()};
+        if constexpr (kTransposed)
+            return MaskedSource<T>{source.as<const T>(), mask.as<const T>()};
+        else
+            return TensorSource<T>{source.as<const T>()};
     };
     if (way != Way::fma)
         return with_factors(way, dtype, [&](auto factors) {

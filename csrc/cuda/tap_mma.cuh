@@ -36,29 +36,6 @@
 
 namespace zfcuda {
 
-// A piece of the sum, on its way in steps of some pieces: the tap, by row and column among those of
-// its phase, and which of the tap's pieces.
-struct PieceWalk {
-    int piece, column, row;
-
-    __device__ PieceWalk(int number, int pieces, int width)
-        : piece(number % pieces), column(number / pieces % width), row(number / pieces / width) {}
-
-    // Whether that leads to another tap.
-    __device__ bool advance(int step, int pieces, int width) {
-        piece += step;
-        if (piece < pieces) return false;
-        do {
-            piece -= pieces;
-            if (++column == width) {
-                column = 0;
-                ++row;
-            }
-        } while (piece >= pieces);
-        return true;
-    }
-};
-
 // The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
 // Tile::kSharedBytes, which every thread may use again afterwards.
 template <typename Factors, typename Tile, bool kTransposed, typename Source, typename PixelOf>
@@ -95,17 +72,17 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 
     // Taps change once in many chunks: what depends on them alone is kept. For each of the thread's
     // rows of the source: where it reads, and whether that is inside.
-    PieceWalk at(piece, pieces, width);
+    TapWalk at(piece, pieces, width);
     std::int64_t from[kLeft];
     unsigned inside = 0;
     const T* weights = nullptr;
     const auto enter_tap = [&]() {
         const std::int64_t tap = (rows.first + at.row * p.y.tap_step) * p.x.kernel + columns.first +
                                  at.column * p.x.tap_step;
-        const std::int64_t row = (group * taps + tap) * pieces + at.piece;
+        const std::int64_t row = (group * taps + tap) * pieces + at.channel;
         weights = packed + (row * p.padded_columns + first_column + first) * kElements;
         const std::int64_t offset =
-            at.row * step_y + at.column * step_x + std::int64_t(at.piece) * kElements;
+            at.row * step_y + at.column * step_x + std::int64_t(at.channel) * kElements;
         const int y = at.row < rows.count ? at.row * p.y.offset_step : kOutside;
         const int x = at.column * p.x.offset_step;
         inside = 0;
@@ -244,17 +221,14 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
     dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
-// body(Tile{}) for the tile of a product: large ones, where no column of theirs is padding alone
-// and there are enough of them for every SM of a large GPU; never with split factors, whose
-// registers would spill.
+// body(Tile{}) for the tile of a product: the largest where it fills the GPU, but not with split
+// factors, whose registers would spill.
 template <typename Factors, typename Body>
-void with_mma_tile(TapPlan p, Body&& body) {
-    constexpr unsigned kEnoughBlocks = 132;
-    if (p.padded_columns == 16) return body(MmaTile<128, 16, 32, 16>{});
+void with_mma_tile(const TapPlan& p, Body&& body) {
+    if (p.padded_columns == 16) return body(NarrowMmaTile{});
     if constexpr (!std::is_same_v<Factors, Tf32x3>)
-        if (p.padded_columns % 128 == 0 && tap_grid(p, 128, 128).x >= kEnoughBlocks)
-            return body(MmaTile<128, 128, 64, 64>{});
-    body(MmaTile<128, 64, 64, 32>{});
+        if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
+    body(MediumMmaTile{});
 }
 
 template <typename Factors, bool kTransposed, typename Source>

@@ -97,12 +97,13 @@ inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
     return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
 }
 
-// Bytes that the packed weights have room in.
+// Bytes of the packed weights; by FMA, as which any product may have to be done, they are most.
 template <bool kTransposed>
-std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
+std::int64_t packed_weights(const ConvShape& s, Dtype dtype, Way way = Way::fma) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
-    return s.groups * s.taps() * channels * padded_columns(columns, dtype) * sum_bytes(dtype);
+    return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
+           (way == Way::fma ? sum_bytes(dtype) : element_bytes(dtype));
 }
 
 template <bool kTransposed>

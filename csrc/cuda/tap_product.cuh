@@ -15,7 +15,7 @@ namespace zfcuda {
 // The shared memory of a block: two buffers of each operand, and the pixels.
 template <typename T, typename Tile>
 struct TapTiles {
-    T *left, *right;  // 2 * kDepth * kM, 2 * kDepth * kN
+    T *left, *right;  // 2 * kLeftSize, 2 * kRightSize
     const TapPixel* pixels;
 };
 
@@ -35,16 +35,22 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     // Which elements of the left tile a thread brings: NCHW one pixel and kLoads neighbours in k,
     // NHWC one pack in k and kLoads pixels.
     constexpr int kLanes = kDepth / kVector;  // threads along k in NHWC
+    constexpr int kRowStep = kTileThreads / kLanes;
     constexpr int kLoads = kM * kDepth / (kTileThreads * kVector);
     const int load_k = kChannelsLast ? thread % kLanes * kVector : thread / kM * kLoads;
     const int load_row = kChannelsLast ? thread / kLanes : thread % kM;
-    // And of the right tile: one pack of a row.
-    const bool loads_right = thread < kDepth * kN / kPack;
-    const int right_k = thread / (kN / kPack), right_column = thread % (kN / kPack) * kPack;
+    // And of the right tile: packs of one row, kRightStep columns apart.
+    constexpr int kPacks = kDepth * kN / kPack;
+    constexpr int kRight = kPacks > kTileThreads ? kPacks / kTileThreads : 1;
+    constexpr int kRightStep = kN / kRight;
+    const bool loads_right = kPacks >= kTileThreads || thread < kPacks;
+    const int right_k = thread / (kRightStep / kPack);
+    const int right_column = thread % (kRightStep / kPack) * kPack;
 
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
     const Odometer step(kDepth, p.channels, width);
-    Odometer left_at(load_k, p.channels, width), right_at(right_k, p.channels, width);
+    Odometer left_at(load_k, p.channels, width);
+    TapWalk vector_at(load_k, p.channels, width), right_at(right_k, p.channels, width);
     const std::int64_t step_y = p.y.offset_step * p.steps.row;
     const std::int64_t step_x = p.x.offset_step * p.steps.column;
     const std::int64_t step_channel = kChannelsLast ? 1 : p.steps.channel;
@@ -52,13 +58,12 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     // Halves stay halves until they are stored: widening them here would wait for them.
     using Staged = Vector<typename Source::Value, kVector>;
     Staged staged[kLoads];
-    Pack<T> staged_right;
+    Pack<T> staged_right[kRight];
 
     // What a tap and channel add to a pixel's position; beyond the last tap it is outside.
-    const auto displacement = [&](const Odometer& at) -> TapPixel {
-        return {at.high * step_y + at.middle * step_x + at.low * step_channel,
-                at.high < rows.count ? at.high * p.y.offset_step : kOutside,
-                at.middle * p.x.offset_step};
+    const auto displacement = [&](int row, int column, int channel) -> TapPixel {
+        return {row * step_y + column * step_x + channel * step_channel,
+                row < rows.count ? row * p.y.offset_step : kOutside, column * p.x.offset_step};
     };
     // The displacement of the next k, by additions alone.
     const std::int64_t next_tap = step_x - p.channels * step_channel;
@@ -84,15 +89,15 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
         return source.template load<kVector>(pixel.source + tap.source, pixel.y + tap.y,
                                              pixel.x + tap.x);
     };
-    const TapPixel own_pixel = pixels[load_row];
-    auto fetch = [&]() {
-        TapPixel tap = displacement(left_at);
+    const auto scalars = [&]() {
+        TapPixel tap = displacement(left_at.high, left_at.middle, left_at.low);
         if constexpr (kChannelsLast) {
 #pragma unroll
             for (int i = 0; i < kLoads; ++i)
-                staged[i] = fetch_left(pixels[load_row + i * (kTileThreads / kLanes)], tap);
+                staged[i] = fetch_left(pixels[load_row + i * kRowStep], tap);
         } else {
             Odometer at = left_at;
+            const TapPixel own_pixel = pixels[load_row];
 #pragma unroll
             for (int i = 0; i < kLoads; ++i) {
                 staged[i] = fetch_left(own_pixel, tap);
@@ -100,34 +105,83 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
             }
         }
         left_at.advance(step, p.channels, width);
+    };
+    // Vectors of channels lie in one tap for many chunks: where they are is kept.
+    std::int64_t from[kLoads];
+    unsigned inside = 0;
+    const auto enter_left = [&]() {
+        const TapPixel tap = displacement(vector_at.row, vector_at.column, vector_at.channel);
+        inside = 0;
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            const TapPixel pixel = pixels[load_row + i * kRowStep];
+            from[i] = pixel.source + tap.source;
+            if (static_cast<unsigned>(pixel.y + tap.y) < height &&
+                static_cast<unsigned>(pixel.x + tap.x) < breadth)
+                inside |= 1u << i;
+        }
+    };
+    const auto vectors = [&]() {
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            staged[i] = {};
+            const TapPixel& pixel = pixels[load_row + i * kRowStep];
+            if (inside & 1u << i)
+                staged[i] = source.template load<kVector>(
+                    from[i], pixel.y + vector_at.row * p.y.offset_step,
+                    pixel.x + vector_at.column * p.x.offset_step);
+            from[i] += kDepth;
+        }
+        if (vector_at.advance(kDepth, p.channels, width)) enter_left();
+    };
+    const T* weights = nullptr;
+    const auto enter_right = [&]() {
+        const std::int64_t tap = (rows.first + right_at.row * p.y.tap_step) * p.x.kernel +
+                                 columns.first + right_at.column * p.x.tap_step;
+        const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
+        const std::int64_t row = (group * taps + tap) * p.channels + right_at.channel;
+        weights = packed + row * p.padded_columns + first_column + right_column;
+    };
+    constexpr bool kVectors = kChannelsLast && kVector > 1;
+    if constexpr (kVectors) enter_left();
+    enter_right();
+    const auto fetch = [&]() {
+        if constexpr (kVectors)
+            vectors();
+        else
+            scalars();
         if (loads_right) {
-            const std::int64_t tap = (rows.first + right_at.high * p.y.tap_step) * p.x.kernel +
-                                     columns.first + right_at.middle * p.x.tap_step;
-            const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-            const std::int64_t row = (group * taps + tap) * p.channels + right_at.low;
-            staged_right = {};
-            if (right_at.high < rows.count)
-                staged_right = load_vector<T, kPack>(packed + row * p.padded_columns +
-                                                     first_column + right_column);
-            right_at.advance(step, p.channels, width);
+#pragma unroll
+            for (int j = 0; j < kRight; ++j) {
+                staged_right[j] = {};
+                if (right_at.row < rows.count)
+                    staged_right[j] = load_vector<T, kPack>(weights + j * kRightStep);
+            }
+            weights += std::int64_t(p.padded_columns) * kDepth;
+            if (right_at.advance(kDepth, p.channels, width)) enter_right();
         }
     };
     auto stash = [&](int buffer) {
-        T* const to = left + buffer * kDepth * kM;
+        T* const to = left + buffer * Tile::kLeftSize;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i)
 #pragma unroll
             for (int j = 0; j < kVector; ++j) {
                 const int k = kChannelsLast ? load_k + j : load_k + i;
-                const int row = kChannelsLast ? load_row + i * (kTileThreads / kLanes) : load_row;
+                const int row = kChannelsLast ? load_row + i * kRowStep : load_row;
                 const T value = static_cast<T>(staged[i].value[j]);
-                to[tile_slot<kM>(k, row)] = kTransposed && p.rectify ? rectify(value) : value;
+                to[Tile::template slot<kM>(k, row)] =
+                    kTransposed && p.rectify ? rectify(value) : value;
             }
         if (loads_right)
-            store_vector(right + buffer * kDepth * kN + tile_slot<kN>(right_k, right_column),
-                         staged_right);
+#pragma unroll
+            for (int j = 0; j < kRight; ++j)
+                store_vector(right + buffer * Tile::kRightSize +
+                                 Tile::template slot<kN>(right_k, right_column + j * kRightStep),
+                             staged_right[j]);
     };
 
+    const typename Tile::First first = Tile::first();
     const int chunks = (rows.count * columns.count * p.channels + kDepth - 1) / kDepth;
     if (chunks > 0) {
         fetch();
@@ -138,7 +192,8 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
         const bool more = chunk + 1 < chunks;
         const int buffer = chunk % 2;
         if (more) fetch();
-        Tile::multiply(left + buffer * kDepth * kM, right + buffer * kDepth * kN, sum);
+        Tile::multiply(first, left + buffer * Tile::kLeftSize, right + buffer * Tile::kRightSize,
+                       sum);
         if (more) stash(1 - buffer);
         __syncthreads();
     }

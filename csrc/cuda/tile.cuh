@@ -4,8 +4,8 @@
 //
 // Both tiles lie k-major, so that a thread reads its rows and columns as 16-byte packs:
 //
-//   warp = 8 x 4 threads           a thread = kRows x 4 results, rows in quads:
-//                                  quad 0 in the first half of the tile, quad 1 in the second
+//   warp = 8 x 4 threads           a thread = kRows x kColumns results, in quads of each: quad 0
+//                                  in the first half of the tile, quad 1 in the second
 //
 // A pack read by a warp is then at most 8 different addresses in a row: one pass of the 32 banks.
 // Whoever fills a tile may run its lanes along k or along the columns: column c of row k lies at
@@ -28,14 +28,28 @@ ZF_HD int tile_slot(int k, int column) {
     return k * kWidth + (column ^ (((k & 12) << 1 | (k & 1) << 2) & (kWidth - 1)));
 }
 
-// The sizes of a block's product: kM x kN results, kRows x 4 a thread, kDepth products at a time.
-template <typename T, int kBlockM, int kBlockN>
+// The sizes of a block's product: kM x kN results, kRows x kColumns a thread, kDepth products at a
+// time.
+template <typename T, int kBlockM, int kBlockN, int kColumnsOfThread = 4,
+          int kAtATime = 64 / sizeof(T)>
 struct Tile {
-    static constexpr int kM = kBlockM, kN = kBlockN, kDepth = 64 / sizeof(T);
-    static constexpr int kRows = kM * kN / (4 * kTileThreads);
-    static constexpr int kRowThreads = kM / kRows;
+    static constexpr int kM = kBlockM, kN = kBlockN, kDepth = kAtATime;
+    static constexpr int kColumns = kColumnsOfThread;
+    static constexpr int kRows = kM * kN / (kColumns * kTileThreads);
+    static constexpr int kRowThreads = kM / kRows, kColumnThreads = kN / kColumns;
 
-    using Accumulator = T[kRows][4];
+    using Accumulator = T[kRows][kColumns];
+
+    // A tile of depth 8 has but two quads of k, which four columns of padding put on other banks;
+    // then all addresses of the loop below differ by constants.
+    static constexpr int kPadding = kDepth * sizeof(T) == 32 ? 4 : 0;
+    static constexpr int kLeftSize = kDepth * (kM + kPadding);
+    static constexpr int kRightSize = kDepth * (kN + kPadding);
+
+    template <int kWidth>
+    ZF_HD static int slot(int k, int column) {
+        return kPadding ? k * (kWidth + kPadding) + column : tile_slot<kWidth>(k, column);
+    }
 
     __device__ static int row_thread() {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -45,25 +59,33 @@ struct Tile {
     __device__ static int row(int i) {
         return i / 4 * (4 * kRowThreads) + row_thread() * 4 + i % 4;
     }
-    // The tile's column of a thread's column 0.
-    __device__ static int column() {
+    // The tile's column of a thread's column j, a multiple of four: the first of four neighbours.
+    __device__ static int column(int j = 0) {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        return (warp / (kRowThreads / 8) * 4 + lane / 8) * 4;
+        return j * kColumnThreads + (warp / (kRowThreads / 8) * 4 + lane / 8) * 4;
     }
 
-    __device__ static void multiply(const T* a, const T* b, Accumulator& accumulator) {
-        const int first_row = row(0), first_column = column();
+    // A thread's first row and column.
+    struct First {
+        int row, column;
+    };
+    __device__ static First first() { return {kept(row(0)), kept(column())}; }
+
+    __device__ static void multiply(const First& first, const T* a, const T* b,
+                                    Accumulator& accumulator) {
 #pragma unroll
         for (int k = 0; k < kDepth; ++k) {
-            T left[kRows], right[4];
+            T left[kRows], right[kColumns];
 #pragma unroll
             for (int i = 0; i < kRows; i += 4)
-                read_quad(a + tile_slot<kM>(k, i * kRowThreads + first_row), left + i);
-            read_quad(b + tile_slot<kN>(k, first_column), right);
+                read_quad(a + slot<kM>(k, i * kRowThreads + first.row), left + i);
+#pragma unroll
+            for (int j = 0; j < kColumns; j += 4)
+                read_quad(b + slot<kN>(k, j * kColumnThreads + first.column), right + j);
 #pragma unroll
             for (int i = 0; i < kRows; ++i)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) accumulator[i][j] += left[i] * right[j];
+                for (int j = 0; j < kColumns; ++j) accumulator[i][j] += left[i] * right[j];
         }
     }
 

@@ -144,7 +144,7 @@ void clip_windows(const WindowShape& s, Dtype dtype, Address origins, Address im
 }  // namespace
 
 std::int64_t window_deconv2d_packed(const WindowShape& s, Dtype dtype, const Exec& exec) {
-    return deconv2d_workspace(convolution(s, 1), dtype, exec);
+    return deconv2d_packed_bytes(convolution(s, 1), dtype, exec);
 }
 
 void window_deconv2d_pack(const WindowShape& s, Dtype dtype, Address weight, Address packed,

@@ -93,6 +93,7 @@ class Emulator:
     def __getattr__(self, function: str) -> Any:
         call = getattr(self.module, function)
         if function not in WRITTEN:
+            configure(self.controls, ORDERS["forward"], self.arch)  # sizes may depend on the architecture
             return call
         return lambda *arguments: self._run(function, call, arguments)
 
