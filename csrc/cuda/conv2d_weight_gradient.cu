@@ -326,7 +326,7 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
     const TapSteps steps = {maps.step_image(), maps.step_channel(), maps.step_y(), maps.step_x()};
     with_layout(s, dtype, aligned(image, signal, mask), [&](auto zero, auto last, auto vector) {
         using T = decltype(zero);
-        const TensorSource<T> source{signal.as<const T>(), mask.as<const T>()};
+        const MaskedSource<T> source{signal.as<const T>(), mask.as<const T>()};
         weight_gradient<T, last(), vector()>(s, steps, gate, image, source, grad_weight, workspace,
                                              exec);
         if (grad_bias)
