@@ -191,19 +191,21 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels)
 @CUDA
 @IN_EACH_MODE
 @pytest.mark.parametrize(
-    ("maps", "options", "pool"),
+    ("channels", "maps", "options", "pool"),
     [
-        (20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
-        (70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
-        (6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
-        (8, {}, {"pool_kernel_size": 12}),  # windows of 144 pixels: by FMA
+        (16, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (3, 96, {"stride": 2, "padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (3, 64, {"padding": 1}, {"pool_kernel_size": 2}),
+        (16, 70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
+        (16, 6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
+        (16, 8, {}, {"pool_kernel_size": 12}),  # windows of 144 pixels: by FMA
     ],
     ids=str,
 )
-def test_convolution_and_pool(backend, mode, maps, options, pool):
+def test_convolution_and_pool(backend, mode, channels, maps, options, pool):
     """The sums are those of the convolution, term by term, so that maxima and switches are the same bits."""
-    image = normal(2, 16, 14, 13)
-    weight, bias = normal(maps, 16 // options.get("groups", 1), 3, 3, seed=1), normal(maps, seed=2)
+    image = normal(2, channels, 14, 13)
+    weight, bias = normal(maps, channels // options.get("groups", 1), 3, 3, seed=1), normal(maps, seed=2)
     tensors = placed(mode, backend.device, image, weight, bias)
     fused = ops.conv2d_relu_max_pool2d(*tensors, **options, **pool)
     single = {name.removeprefix("pool_"): value for name, value in pool.items()}

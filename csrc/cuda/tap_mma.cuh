@@ -290,14 +290,14 @@ template <typename Factors, bool kMerged, typename Body>
 void with_mma_tile(TapPlan p, Body&& body) {
     constexpr unsigned kEnoughBlocks = 132;
     if constexpr (kMerged) {
-        if (p.padded_columns % 96 == 0) return body(MmaTile<128, 96, 64, 48>{});
+        if (p.padded_columns % 96 == 0) return body(MergedMmaTile{});
     } else {
-        if (p.padded_columns == 16) return body(MmaTile<128, 16, 32, 16>{});
+        if (p.padded_columns == 16) return body(NarrowMmaTile{});
         if constexpr (!std::is_same_v<Factors, Tf32x3>)
             if (p.padded_columns % 128 == 0 && tap_grid(p, 128, 128).x >= kEnoughBlocks)
-                return body(MmaTile<128, 128, 64, 64>{});
+                return body(WideMmaTile{});
     }
-    body(MmaTile<128, 64, 64, 32>{});
+    body(MediumMmaTile{});
 }
 
 template <typename Factors, bool kTransposed, typename Source>
