@@ -62,16 +62,36 @@ CASES = [
     ((0, 4, 9, 8), (4, 4, 3, 3), {}),
     ((1, 6, 5, 5), (8, 6, 3, 3), {}),
 ]
+
+#: Images whose channels are no whole pieces, and whose filters' rows are merged: the paper's first layer, AlexNet's,
+#: VGG's; runs that fill no piece, one and several; rows apart; windows off every side; maps in tiles of 96 and 64.
+MERGED = [
+    ((2, 3, 15, 17), (96, 3, 7, 7), {"stride": 2, "padding": 1}),
+    ((1, 3, 27, 23), (64, 3, 11, 11), {"stride": 4, "padding": 2}),
+    ((1, 3, 8, 9), (20, 3, 3, 3), {"padding": 1}),
+    ((3, 5, 9, 8), (192, 5, 5, 2), {"dilation": (2, 1)}),
+    ((1, 6, 5, 7), (17, 6, 2, 3), {"stride": (1, 3)}),
+    ((1, 2, 2, 3), (100, 2, 5, 6), {"padding": (2, 4), "stride": (2, 1)}),
+    ((0, 3, 9, 9), (96, 3, 7, 7), {}),
+]
+CASES += MERGED
 IDS = [f"{weight} {options}" for _, weight, options in CASES]
 
 
 def check_model(
-    actual: Tensor, torchs: Callable[..., Tensor], source: Tensor, weight: Tensor, mode: str, groups: int = 1
+    actual: Tensor,
+    torchs: Callable[..., Tensor],
+    source: Tensor,
+    weight: Tensor,
+    mode: str,
+    groups: int = 1,
+    merged: bool = False,
 ) -> None:
     """At most twice the error that torch makes in this dtype, of the factors that the mode multiplies."""
     dtype = HALVES.get(mode, source.dtype if mode == "by FMA" else torch.float32)
     source, weight = source.to(dtype), weight.to(dtype)
-    if mode == "tf32" and source.size(1) // groups % 4 == 0:
+    pieces = source.size(1) // groups % 4 == 0
+    if mode == "tf32" and (pieces or merged):
         source, weight = truncated(source), rounded(weight)
     terms = source.size(1) // groups * weight.size(2) * weight.size(3)
     assert actual.dtype == dtype
@@ -88,7 +108,19 @@ def test_convolution(backend, mode, size, filters, options):
     def torchs(x, w):
         return F.conv2d(x, w, bias.to(x), **options).relu()
 
-    check_model(actual, torchs, image, weight, mode, groups=options.get("groups", 1))
+    merged = (size, filters, options) in MERGED
+    check_model(actual, torchs, image, weight, mode, options.get("groups", 1), merged)
+
+
+@CUDA
+@IN_EACH_MODE
+def test_a_merged_row_reads_its_own_pixels_alone(backend, mode):
+    """NaN beside a window is not in it, though the piece that brings the window's last pixel reaches over it."""
+    image = torch.zeros(1, 3, 6, 9)
+    image[0, :, 2, 4] = float("nan")
+    weight = torch.ones(32, 3, 3, 3)
+    actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight), padding=1)
+    assert torch.equal(actual.isnan().cpu(), F.conv2d(image, weight, padding=1).isnan())
 
 
 DOWN = [
@@ -159,19 +191,21 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels)
 @CUDA
 @IN_EACH_MODE
 @pytest.mark.parametrize(
-    ("maps", "options", "pool"),
+    ("channels", "maps", "options", "pool"),
     [
-        (20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
-        (70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
-        (6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
-        (8, {}, {"pool_kernel_size": (12, 11)}),  # windows of 132 pixels: by FMA
+        (16, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (3, 96, {"stride": 2, "padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (3, 64, {"padding": 1}, {"pool_kernel_size": 2}),
+        (16, 70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
+        (16, 6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
+        (16, 8, {}, {"pool_kernel_size": (12, 11)}),  # windows of 132 pixels: by FMA
     ],
     ids=str,
 )
-def test_convolution_and_pool(backend, mode, maps, options, pool):
+def test_convolution_and_pool(backend, mode, channels, maps, options, pool):
     """The sums are those of the convolution, term by term, so that maxima and switches are the same bits."""
-    image = normal(2, 16, 14, 13)
-    weight, bias = normal(maps, 16 // options.get("groups", 1), 3, 3, seed=1), normal(maps, seed=2)
+    image = normal(2, channels, 14, 13)
+    weight, bias = normal(maps, channels // options.get("groups", 1), 3, 3, seed=1), normal(maps, seed=2)
     tensors = placed(mode, backend.device, image, weight, bias)
     fused = ops.conv2d_relu_max_pool2d(*tensors, **options, **pool)
     single = {name.removeprefix("pool_"): value for name, value in pool.items()}

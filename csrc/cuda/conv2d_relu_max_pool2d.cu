@@ -86,18 +86,18 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     }
 }
 
-// The same on the tensor cores, in NHWC. Eight lanes write four packs of two rows at once: where a
-// row fills the banks, the two differ in the half of the banks that they write.
-template <typename Factors, typename Tile>
+// The same on the tensor cores, in NHWC: tap_mma.cuh, also with merged rows: all 96 maps of ZFNet's
+// first layer in one block, whose maps of 48 KiB take the place of the stages. Eight lanes write
+// four packs of two rows at once: where a row fills the banks, the two differ in the half of the
+// banks that they write.
+template <typename Factors, typename Tile, typename Source>
 __global__ void __launch_bounds__(Tile::kThreads)
-    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool,
-                                      TensorSource<typename Factors::T> source,
+    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Source source,
                                       const typename Factors::T* packed,
                                       const typename Factors::T* bias, typename Factors::T* output,
                                       std::uint8_t* switches) {
     using T = typename Factors::T;
     constexpr int kN = Tile::kN;
-    static_assert(Tile::kM * kN * sizeof(float) <= Tile::kSharedBytes, "room for the maps");
     ZF_DYNAMIC_SHARED(Piece, stages);
     const PoolBlock block = pool_block<kN>(p, pool);
     typename Tile::Accumulator sum = {};
@@ -127,6 +127,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
     __syncthreads();
     block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches);
 }
+
+// The stages of the product, and after it the maps.
+template <typename Tile>
+constexpr int kMmaBytes = std::max(Tile::kSharedBytes, Tile::kM* Tile::kN* int(sizeof(float)));
 
 constexpr int kMmaPixels = 128;  // of a box on the tensor cores
 
@@ -178,15 +182,23 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
-            const auto run = [&](auto tile) {
+            const auto run = [&](auto tile, const auto& source) {
                 using Tile = decltype(tile);
+                using Source = std::decay_t<decltype(source)>;
                 const dim3 blocks = grid(Tile::kN);
-                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile>, blocks,
-                       dim3(Tile::kThreads), Tile::kSharedBytes, exec, p, plan,
-                       TensorSource<T>{image.as<const T>()}, workspace.as<const T>(),
-                       bias.as<const T>(), output.as<T>(), switches.as<std::uint8_t>());
+                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, Source>, blocks,
+                       dim3(Tile::kThreads), kMmaBytes<Tile>, exec, p, plan, source,
+                       workspace.as<const T>(), bias.as<const T>(), output.as<T>(),
+                       switches.as<std::uint8_t>());
             };
-            p.padded_columns == 16 ? run(NarrowMmaTile{}) : run(MediumMmaTile{});
+            const MergedSource<T> merged{image.as<const T>()};
+            const TensorSource<T> tensor{image.as<const T>()};
+            if (p.run != 0)
+                p.padded_columns % 96 == 0 ? run(MergedMmaTile{}, merged)
+                                           : run(MediumMmaTile{}, merged);
+            else
+                p.padded_columns == 16 ? run(NarrowMmaTile{}, tensor)
+                                       : run(MediumMmaTile{}, tensor);
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);

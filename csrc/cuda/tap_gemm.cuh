@@ -186,7 +186,12 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
     if (way != Way::fma)
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
-            const auto from = tensor(typename Factors::T{});
+            using T = typename Factors::T;
+            if constexpr (!kTransposed)
+                if (p.run != 0)
+                    return launch_tap_mma<Factors, false>(p, MergedSource<T>{source.as<const T>()},
+                                                          packed, bias, mask, result, exec);
+            const auto from = tensor(T{});
             launch_tap_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);
         });
     const bool channels_last = s.channels_last != 0;

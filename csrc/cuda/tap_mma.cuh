@@ -1,4 +1,5 @@
-// The product of tap_gemm.cuh on the tensor cores, for NHWC sources with whole pieces of channels.
+// The product of tap_gemm.cuh on the tensor cores, for NHWC sources with whole pieces of channels,
+// and for those of few channels whose rows of taps are merged (tap_plan.cuh).
 //
 //   result[pixel][column] = sum over k = (tap, channel) of source[pixel + tap][channel] * packed
 //
@@ -17,6 +18,12 @@
 // the transposed product, which are gated or gathered from an unpooled signal, go through
 // registers, two chunks ahead like the copies. There is one barrier a chunk.
 //
+// Merged rows: a pixel's "channels" are the run of a kernel row, and overlap those of the pixels
+// beside it. A run begins at any element and leaves the image at any, so float32 comes by
+// copies of four bytes, each inside or zero by itself, and halves through registers. conv1 of ZFNet
+// has 7 runs of 21, filled up to 24, in chunks of 16: 147 of 176 products are useful; its 96 maps
+// fill a tile of 128 x 96, four warps of 64 x 48: 96 products for eight copies a thread.
+//
 // Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
 // a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.
 // Three stages of 16 KiB leave room for two blocks on an SM of any architecture from sm_80 on (100
@@ -26,12 +33,11 @@
 // chunks, issues about 70 more. The epilogue writes 16 bytes a thread straight from registers,
 // since the weights' columns are packed in the order of mma_slot.
 //
-// Tried: an index that counts taps and channels every chunk (117 instructions more in a chunk);
-// Rejected on paper:
-// weights packed in the order of fragments (loads of 16 bytes instead of ldmatrix, but two pieces
-// of an instruction might then not lie in two taps, as they do with few channels and in phases);
-// weights split for tf32x3 when they are packed (no conversions of the right factor, but twice the
-// copies and ldmatrix). For tf32x3 the largest tile would spill.
+// Tried: an index that counts taps and channels every chunk (117 instructions more in a chunk).
+// Rejected on paper: weights packed in the order of fragments (loads of 16 bytes instead of
+// ldmatrix, but two pieces of an instruction might then not lie in two taps, as they do with few
+// channels and in phases); weights split for tf32x3 when they are packed (no conversions of the
+// right factor, but twice the copies and ldmatrix). For tf32x3 the largest tile would spill.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -40,6 +46,13 @@
 #include "tap_block.cuh"
 
 namespace zfcuda {
+
+// An image whose rows of taps are merged.
+template <typename T>
+struct MergedSource {
+    using Value = T;
+    const T* values;
+};
 
 // The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
 // Tile::kSharedBytes, which every thread may use again afterwards.
@@ -51,7 +64,9 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
                                             typename Tile::Accumulator& sum, PixelOf&& pixel_of) {
     using T = typename Factors::T;
     constexpr int kM = Tile::kM, kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
-    constexpr int kElements = Pack<T>::size;         // of a piece
+    constexpr int kElements = Pack<T>::size;  // of a piece
+    constexpr bool kMerged = std::is_same_v<Source, MergedSource<T>>;
+    constexpr bool kStaged = kTransposed || (kMerged && sizeof(T) < 4);  // through registers
     constexpr int kStep = Tile::kThreads / kPieces;  // rows that the block brings at once
     constexpr int kLeft = kM / kStep, kRight = (kN + kStep - 1) / kStep;
     static_assert(kStep % 8 == 0 && kM % kStep == 0,
@@ -66,6 +81,16 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) pixels[i] = table[first + i * kStep];
     __syncthreads();
+
+    // The elements of a merged row that lie in the image and in the run: [low, high).
+    int low[kMerged ? kLeft : 1], high[kMerged ? kLeft : 1];
+    if constexpr (kMerged)
+#pragma unroll
+        for (int i = 0; i < kLeft; ++i) {
+            low[i] = -pixels[i].x * p.pixel;
+            high[i] = (p.width - pixels[i].x) * p.pixel;
+            if (high[i] > p.run) high[i] = p.run;
+        }
 
     const int pieces = p.channels / kElements;                // of a pixel
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
@@ -95,18 +120,31 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         for (int i = 0; i < kLeft; ++i) {
             from[i] = pixels[i].source + offset;
             if (static_cast<unsigned>(pixels[i].y + y) < static_cast<unsigned>(p.height) &&
-                static_cast<unsigned>(pixels[i].x + x) < static_cast<unsigned>(p.width))
+                (kMerged ||
+                 static_cast<unsigned>(pixels[i].x + x) < static_cast<unsigned>(p.width)))
                 inside |= 1u << i;
         }
     };
     enter_tap();
 
-    Vector<T, kElements> staged[kTransposed ? kLeft : 1];
+    Vector<T, kElements> staged[kStaged ? kLeft : 1];
     const auto bring_left = [&](Piece* stage) {
 #pragma unroll
         for (int i = 0; i < kLeft; ++i) {
             const bool reads = inside & 1u << i;
-            if constexpr (!kTransposed) {
+            if constexpr (kMerged) {
+                T* const to = reinterpret_cast<T*>(stage + left_slot + i * kStep);
+#pragma unroll
+                for (int e = 0; e < kElements; ++e) {
+                    const int element = at.channel * kElements + e;
+                    const bool own = reads && element >= low[i] && element < high[i];
+                    const T* const value = source.values + from[i] + e;
+                    if constexpr (kStaged)
+                        staged[i].value[e] = own ? *value : T(0);
+                    else
+                        cp_async<4>(to + e, value, own ? 4 : 0);
+                }
+            } else if constexpr (!kTransposed) {
                 cp_async<16>(stage + left_slot + i * kStep, source.values + from[i],
                              reads ? 16 : 0);
             } else {
@@ -119,7 +157,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         }
     };
     const auto store_left = [&](Piece* stage) {
-        if (p.rectify)
+        if (kTransposed && p.rectify)
 #pragma unroll
             for (auto& vector : staged)
 #pragma unroll
@@ -154,7 +192,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         cp_async_commit();  // perhaps an empty group, so that the newest two are always the same
     };
     const auto finish = [&](int chunk, int buffer) {
-        if constexpr (kTransposed)
+        if constexpr (kStaged)
             if (chunk < chunks) store_left(stages + buffer * Tile::kStagePieces);
     };
 
@@ -226,13 +264,17 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
     dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
-// body(Tile{}) for the tile of a product: the largest where it fills the GPU, but not with split
-// factors, whose registers would spill.
-template <typename Factors, typename Body>
+// body(Tile{}) for the tile of a product: of merged rows one that fits; else the largest where it
+// fills the GPU, but not with split factors, whose registers would spill.
+template <typename Factors, bool kMerged, typename Body>
 void with_mma_tile(const TapPlan& p, Body&& body) {
-    if (p.padded_columns == 16) return body(NarrowMmaTile{});
-    if constexpr (!std::is_same_v<Factors, Tf32x3>)
-        if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
+    if constexpr (kMerged) {
+        if (p.padded_columns % 96 == 0) return body(MergedMmaTile{});
+    } else {
+        if (p.padded_columns == 16) return body(NarrowMmaTile{});
+        if constexpr (!std::is_same_v<Factors, Tf32x3>)
+            if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
+    }
     body(MediumMmaTile{});
 }
 
@@ -241,7 +283,8 @@ void launch_tap_mma(TapPlan p, const Source& source, Address packed, Address bia
                     Address result, const Exec& exec) {
     using T = typename Factors::T;
     p.quads = p.columns % 4 == 0 && aligned(result);
-    with_mma_tile<Factors>(p, [&](auto tile) {
+    constexpr bool kMerged = std::is_same_v<Source, MergedSource<T>>;
+    with_mma_tile<Factors, kMerged>(p, [&](auto tile) {
         using Tile = decltype(tile);
         const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
         if (grid.x == 0) return;

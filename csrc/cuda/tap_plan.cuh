@@ -58,6 +58,7 @@ struct TapPlan {
     std::int64_t batch;
     int groups, channels, columns;  // of the source and of the result, in a group
     int padded_columns;
+    int run, pixel;  // elements of a kernel row and of a pixel of the source, see merge_row; else 0
     int row_tiles, column_tiles;
     Way way;
     bool rectify;  // the source of the transposed convolution, the result of the other
@@ -97,13 +98,51 @@ inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
     return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
 }
 
-// Bytes of the packed weights; by FMA, as which any product may have to be done, they are most.
+// Whether source channels are whole pieces of 16 bytes, as the tensor cores take them.
 template <bool kTransposed>
-std::int64_t packed_weights(const ConvShape& s, Dtype dtype, Way way = Way::fma) {
+bool whole_pieces(const ConvShape& s, Dtype dtype) {
+    const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
+    return channels * element_bytes(dtype) % 16 == 0;
+}
+
+// Whether the rows of a filter can be merged. Where its columns stand side by side, a row of it
+// meets a run of neighbours in an NHWC image: all its columns' channels. A convolution of the
+// images' three colours has seven such runs of 21 values, which fill pieces better than channels.
+template <bool kTransposed>
+bool rows_merge(const ConvShape& s, Dtype dtype) {
+    return !kTransposed && s.channels_last && !whole_pieces<kTransposed>(s, dtype) &&
+           s.groups == 1 && s.dilation_w == 1 && !narrow(s.out_channels, dtype) &&
+           (s.in_width + 2 * s.padding_w) * s.in_channels < 1 << 30;
+}
+
+// Elements of a merged row with what its last piece is filled up with.
+inline std::int64_t merged_row(const ConvShape& s, Dtype dtype) {
+    const std::int64_t piece = 16 / element_bytes(dtype);
+    return (s.kernel_w * s.in_channels + piece - 1) / piece * piece;
+}
+
+// Three times 32 maps have a tile of their own where rows are merged.
+inline std::int64_t merged_columns(std::int64_t columns) {
+    return columns % 96 == 0 ? columns : (columns + 63) / 64 * 64;
+}
+
+// Bytes of the packed weights.
+template <bool kTransposed>
+std::int64_t packed_weights(const ConvShape& s, Dtype dtype, Way way) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
+    if (way != Way::fma && rows_merge<kTransposed>(s, dtype))
+        return s.kernel_h * merged_row(s, dtype) * merged_columns(columns) * element_bytes(dtype);
     return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
            (way == Way::fma ? sum_bytes(dtype) : element_bytes(dtype));
+}
+
+// The same whichever way the product will run: by FMA, or on the tensor cores with merged rows.
+template <bool kTransposed>
+std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
+    const std::int64_t by_fma = packed_weights<kTransposed>(s, dtype, Way::fma);
+    const std::int64_t others = packed_weights<kTransposed>(s, dtype, Way::tf32);
+    return by_fma > others ? by_fma : others;
 }
 
 template <bool kTransposed>
@@ -123,6 +162,13 @@ TapPlan tap_plan(const ConvShape& s, Dtype dtype, Way way, Gate gate) {
     p.columns = static_cast<int>(p.result.channels / s.groups);
     p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
     p.rectify = static_cast<int>(gate) & kRectify;
+    if (way != Way::fma && rows_merge<kTransposed>(s, dtype)) {
+        p.run = static_cast<int>(s.kernel_w * s.in_channels);
+        p.pixel = p.channels;
+        p.channels = static_cast<int>(merged_row(s, dtype));
+        p.x.kernel = 1;
+        p.padded_columns = static_cast<int>(merged_columns(s.out_channels));
+    }
     if (s.taps() * (source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
         throw std::runtime_error("zfcuda: a filter of a CUDA convolution has over 2^31 weights");
     return p;
@@ -183,6 +229,24 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, Packed* packed) 
     }
 }
 
+// The same of merged rows: packed[row of taps][piece][slot of the column][element of the piece].
+template <typename T>
+__global__ void __launch_bounds__(kPackThreads)
+    pack_merged_weights_kernel(TapPlan p, const T* weight, T* packed) {
+    constexpr int kPiece = Pack<T>::size;
+    const std::int64_t index = std::int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+    const std::int64_t line = index / p.padded_columns, column = index % p.padded_columns;
+    const std::int64_t row = line / p.channels, at = line % p.channels;
+    if (row >= p.y.kernel) return;
+    T value = {};
+    if (at < p.run && column < p.columns)
+        value = weight[((column * p.pixel + at % p.pixel) * p.y.kernel + row) * (p.run / p.pixel) +
+                       at / p.pixel];
+    if constexpr (std::is_same_v<T, float>)
+        if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
+    packed[(line / kPiece * p.padded_columns + mma_slot(column)) * kPiece + line % kPiece] = value;
+}
+
 template <typename T, typename Packed, bool kTransposed>
 void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const Exec& exec) {
     const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
@@ -194,6 +258,15 @@ void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const
            dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<Packed>());
 }
 
+template <typename T>
+void launch_pack_merged_weights(const TapPlan& p, Address weight, Address packed,
+                                const Exec& exec) {
+    const std::int64_t values = std::int64_t(p.y.kernel) * p.channels * p.padded_columns;
+    launch(pack_merged_weights_kernel<T>,
+           dim3(static_cast<unsigned>((values + kPackThreads - 1) / kPackThreads)),
+           dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<T>());
+}
+
 template <bool kTransposed>
 void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Address packed,
                   const Exec& exec) {
@@ -201,19 +274,21 @@ void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Addr
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         if (way == Way::fma)
-            launch_pack_weights<T, Sum<T>, kTransposed>(p, weight, packed, exec);
-        else
+            return launch_pack_weights<T, Sum<T>, kTransposed>(p, weight, packed, exec);
+        if constexpr (!kTransposed && sizeof(T) <= 4)
+            if (p.run != 0) return launch_pack_merged_weights<T>(p, weight, packed, exec);
+        if constexpr (sizeof(T) <= 4)
             launch_pack_weights<T, T, kTransposed>(p, weight, packed, exec);
     });
 }
 
-// Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels, on an
-// architecture that has them for the dtype. `addresses` are those of the source and its mask.
+// Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels or merged
+// rows, on an architecture that has them for the dtype. `addresses` are those of the source and its
+// mask.
 template <bool kTransposed, typename... Addresses>
 Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
-    const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
-    if (dtype == Dtype::float64 || !s.channels_last || !aligned(addresses...) ||
-        channels * element_bytes(dtype) % 16 != 0 ||
+    const bool pieces = whole_pieces<kTransposed>(s, dtype) || rows_merge<kTransposed>(s, dtype);
+    if (dtype == Dtype::float64 || !s.channels_last || !aligned(addresses...) || !pieces ||
         architecture(&pack_weights_kernel<float, float, kTransposed>, exec) <
             (dtype == Dtype::float16 ? 75 : 80))
         return Way::fma;
