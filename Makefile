@@ -25,7 +25,7 @@ gpu-tests: $(VENV)/dev
 	$(BIN)/pytest -n 0 -m gpu
 
 kernels: $(VENV)/dev
-	$(BIN)/python tests/static/cubins.py > docs/kernels.md
+	$(BIN)/python tests/static/report.py > docs/kernels.md
 
 operators: $(VENV)/dev
 	$(BIN)/python tests/operators.py > docs/operators.md
