@@ -52,6 +52,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 
 namespace zfcuda {
 
+#if defined(__CUDACC_RTC__)
+
+// NVRTC compiles kernels alone: it reads the launchers, and leaves them out.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*)(Parameters...), dim3, dim3, std::size_t, const Exec&, Arguments...) {}
+
+#else
+
 inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess)
         throw std::runtime_error(std::string("zfcuda: ") + what + ": " +
@@ -88,6 +96,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
     config.stream = reinterpret_cast<cudaStream_t>(exec.stream);
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
 }
+
+#endif
 
 }  // namespace zfcuda
 
