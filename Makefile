@@ -10,7 +10,7 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
     && $(BIN)/pip install --no-deps 'torchvision==0.28.0'
 
-.PHONY: demo test bench gpu-tests kernels operators lint docs
+.PHONY: demo test bench gpu-tests kernels banks operators lint docs
 demo: $(VENV)/demo
 	$(BIN)/zfcuda demo
 
@@ -26,6 +26,9 @@ gpu-tests: $(VENV)/dev
 
 kernels: $(VENV)/dev
 	$(BIN)/python tests/static/report.py > docs/kernels.md
+
+banks: $(VENV)/dev
+	$(BIN)/python tests/simt/banks.py
 
 operators: $(VENV)/dev
 	$(BIN)/python tests/operators.py > docs/operators.md

@@ -100,6 +100,7 @@ def controls(path: str | Path) -> ctypes.CDLL:
     found.zf_simt_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     found.zf_simt_unwritten.argtypes = [ctypes.c_void_p]
     found.zf_simt_unwritten.restype = ctypes.c_int64
+    found.zf_simt_banks.restype = ctypes.c_char_p
     return found
 
 
