@@ -1,7 +1,7 @@
 """Every kernel for every architecture: what the compiler says of it, and its code.
 
 ``compile_all()`` builds a cubin of each file of csrc/cuda for each architecture and disassembles it, by ninja, kept in
-build/static; ``python tests/static/report.py`` writes it up as docs/kernels.md.
+build/static; report.py writes it up as docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes docs/kernels.md: ``python tests/static/report.py > docs/kernels.md``."""
+"""Writes up what cubins.py found, as docs/kernels.md."""
 
 from __future__ import annotations
 
@@ -137,7 +137,3 @@ def main(rivals: Callable[[], list[list[str]]] = list) -> None:
     toolkit = build.find_toolkit()
     assert toolkit
     print(page(kernels, ".".join(map(str, toolkit.version())), rivals()), end="")
-
-
-if __name__ == "__main__":
-    main()
