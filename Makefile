@@ -10,7 +10,7 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
     && $(BIN)/pip install --no-deps 'torchvision==0.28.0'
 
-.PHONY: demo test coverage bench gpu-tests kernels banks operators lint docs
+.PHONY: demo test coverage bench gpu-tests kernels model banks operators lint docs
 demo: $(VENV)/demo
 	$(BIN)/zfcuda demo
 
@@ -29,6 +29,9 @@ gpu-tests: $(VENV)/dev
 
 kernels: $(VENV)/dev
 	$(BIN)/python tests/static/cutlass.py > docs/kernels.md
+
+model: $(VENV)/dev
+	$(BIN)/python tests/static/model.py > docs/model.md
 
 banks: $(VENV)/dev
 	$(BIN)/python tests/simt/banks.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,10 @@ class Nvrtc:
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         self.library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), name.encode(), 0, None, None)
         given = [option.encode() for option in (*options, *self.includes, f"--gpu-architecture={target}")]
-        failed = self.library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
+        arguments = (program, len(given), (ctypes.c_char_p * len(given))(*given))
+        # NVRTC 12.4 leaves the thread another locale, by which Python would read files.
+        with ThreadPoolExecutor(1) as thread:
+            failed = thread.submit(self.library.nvrtcCompileProgram, *arguments).result()
         what = "ProgramLog" if failed else "PTX"
         getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
         text = ctypes.create_string_buffer(size.value)
