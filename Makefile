@@ -10,12 +10,15 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
     && $(BIN)/pip install --no-deps 'torchvision==0.28.0'
 
-.PHONY: demo test bench gpu-tests kernels operators lint docs
+.PHONY: demo test coverage bench gpu-tests kernels model banks operators lint docs
 demo: $(VENV)/demo
 	$(BIN)/zfcuda demo
 
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+coverage: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest --ignore tests/simt -k simt --simt-coverage 98
 
 bench: $(VENV)/dev
 	$(BIN)/pytest -n 0 benchmarks
@@ -25,7 +28,13 @@ gpu-tests: $(VENV)/dev
 	$(BIN)/pytest -n 0 -m gpu
 
 kernels: $(VENV)/dev
-	$(BIN)/python tests/static/cubins.py > docs/kernels.md
+	$(BIN)/python tests/static/cutlass.py > docs/kernels.md
+
+model: $(VENV)/dev
+	$(BIN)/python tests/static/model.py > docs/model.md
+
+banks: $(VENV)/dev
+	$(BIN)/python tests/simt/banks.py
 
 operators: $(VENV)/dev
 	$(BIN)/python tests/operators.py > docs/operators.md

@@ -19,6 +19,8 @@
 // then the maps of one image at a time go through the workspace.
 // Least bytes: image + weights + output + one byte a switch.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
+#include <algorithm>
+
 #include "pool_block.cuh"
 #include "tap_gemm.cuh"
 

@@ -57,6 +57,18 @@ int architecture(void (*)(Parameters...), const Exec&) {
 
 namespace zfcuda {
 
+#if defined(__CUDACC_RTC__)
+
+// NVRTC compiles kernels alone: it reads the launchers, and leaves them out.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*)(Parameters...), dim3, dim3, std::size_t, const Exec&, Arguments...) {}
+template <typename... Parameters>
+int architecture(void (*)(Parameters...), const Exec&) {
+    return 0;
+}
+
+#else
+
 inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess)
         throw std::runtime_error(std::string("zfcuda: ") + what + ": " +
@@ -103,6 +115,8 @@ int architecture(void (*kernel)(Parameters...), const Exec& exec) {
     check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
     return attributes.ptxVersion;
 }
+
+#endif
 
 }  // namespace zfcuda
 

@@ -22,7 +22,8 @@
 // beside it. A run begins at any element and leaves the image at any, so float32 comes by
 // copies of four bytes, each inside or zero by itself, and halves through registers. conv1 of ZFNet
 // has 7 runs of 21, filled up to 24, in chunks of 16: 147 of 176 products are useful; its 96 maps
-// fill a tile of 128 x 96, four warps of 64 x 48: 96 products for eight copies a thread.
+// fill a tile of 128 x 96, four warps of 64 x 48: 48 products of a warp for 16 copies of
+// four bytes and three of 16.
 //
 // Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
 // a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.

@@ -14,6 +14,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
     if (!in_shared(target))
         fail_at(pc, "out of bounds", "the target of an asynchronous copy, %#zx, is not shared",
                 std::size_t(target));
+    if (recording_banks) record_bank(target, bytes, true, pc);
     if (kChecked) {
         if (valid_bytes > 0) check_global(source, valid_bytes, Access::read, pc);
         check_shared(target, bytes, Access::write, pc);

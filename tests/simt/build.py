@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Sequence
@@ -28,6 +27,9 @@ KERNELS = sorted(set((ROOT / "csrc/cuda").glob("*.cu")) - {ROOT / "csrc/cuda/tar
 CHECKED = ["-O2", "-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0"]
 FAST = ["-DZF_SIMT_FAST"]
 COVERAGE = [*FAST, "-DZF_SIMT_COVERAGE", "--coverage", "-O1", "-fno-inline"]
+
+#: Where that leaves its counts.
+COUNTS = FOLDER / "_simt_coverage"
 
 fetch_nvcc = build.fetch_nvcc
 
@@ -78,19 +80,8 @@ def backend(fast: bool = False, coverage: bool = False) -> ModuleType:
 
 def forget_coverage() -> None:
     """Delete the counts of earlier runs."""
-    for counts in FOLDER.glob("_simt_coverage/**/*.gcda"):
+    for counts in COUNTS.rglob("*.gcda"):
         counts.unlink()
-
-
-def coverage_table(least: float) -> tuple[bool, str]:
-    """Are at least ``least`` % of the kernels' lines covered? And gcovr's table."""
-    command = [sys.executable, "-m", "gcovr", "--root", str(ROOT / "csrc/cuda"), str(FOLDER / "_simt_coverage")]
-    command += ["--exclude", r".*port\.cuh", "--exclude-throw-branches", "--merge-lines"]
-    lines, branches = (
-        subprocess.run([*command, *more], capture_output=True, text=True)
-        for more in ([f"--fail-under-line={least}"], ["--txt-metric=branch"])
-    )
-    return lines.returncode == 0, lines.stdout + branches.stdout + lines.stderr
 
 
 def controls(path: str | Path) -> ctypes.CDLL:
@@ -100,6 +91,7 @@ def controls(path: str | Path) -> ctypes.CDLL:
     found.zf_simt_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     found.zf_simt_unwritten.argtypes = [ctypes.c_void_p]
     found.zf_simt_unwritten.restype = ctypes.c_int64
+    found.zf_simt_banks.restype = ctypes.c_char_p
     return found
 
 

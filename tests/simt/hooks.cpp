@@ -22,6 +22,10 @@ namespace {
 inline void hook(const void* pointer, std::size_t bytes, Access access, const void* pc) {
     if (!now.in_kernel) return;
     const auto address = std::uintptr_t(pointer);
+    if (recording_banks && in_shared(address))
+        for (std::size_t i = 0; i < bytes; i += 16)
+            record_bank(address + i, unsigned(std::min<std::size_t>(bytes - i, 16)),
+                        access != Access::read, pc);
     const std::size_t offset = address - arena_shadow.base;
     if (offset < kArenaBytes && now.countdown == 0) {
         if (access == Access::read ? quick_read(arena_shadow, offset, unsigned(bytes))

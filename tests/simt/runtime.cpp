@@ -1,6 +1,7 @@
 // The emulator's own code as one unit: it is compiled anew for each module, and what every access
 // calls can be inlined.
 #include "async.cpp"
+#include "banks.cpp"
 #include "control.cpp"
 #include "fibers.cpp"
 #include "global.cpp"

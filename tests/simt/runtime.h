@@ -185,6 +185,12 @@ struct AsyncQueue {
 };
 AsyncQueue& async_queue();  // of the running thread
 
+// ---- bank conflicts (banks.cpp)
+
+extern bool recording_banks;
+void record_bank(std::uintptr_t address, unsigned bytes, bool write, const void* pc);
+void finish_banks(const void* kernel);  // at a barrier, and at the end of a block
+
 // ---- launches (validate.cpp)
 
 void validate_launch(const void* kernel, dim3 grid, dim3 block, std::size_t dynamic_bytes);

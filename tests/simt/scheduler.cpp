@@ -153,6 +153,7 @@ void run_block(std::uint64_t linear) {
         }
         if (!progress) return report_deadlock();
     }
+    if (recording_banks) finish_banks(launch.kernel);
 }
 
 }  // namespace
@@ -210,6 +211,7 @@ Votes barrier(const char* function, int predicate, Site site) {
         suspend(thread.fiber);
     } else {
         launch.waiting = 0;
+        if (recording_banks) finish_banks(launch.kernel);
         for (Thread& other : launch.thread) {
             other.status = Status::ready;
             other.votes = launch.votes;  // kept: the first to go on may begin the next barrier

@@ -43,6 +43,7 @@ void load_matrices(std::uint32_t* matrix, int count, bool transposed, const void
             fail_at(pc, "out of bounds", "ldmatrix of %#zx, which is not shared memory",
                     std::size_t(address));
         if (kChecked) check_shared_bounds(address, 16, pc);
+        if (recording_banks) record_bank(address, 16, false, pc);
     }
     rows.address[0] = static_cast<const char*>(row);
     meet(~0u, "ldmatrix", site, &rows, [](void* const* lanes, unsigned) {

@@ -1,7 +1,7 @@
-"""What the compiler says of every kernel on every architecture: registers, shared memory, stack, spills, occupancy.
+"""Every kernel for every architecture: what the compiler says of it, and its code.
 
-``compile_all()`` builds a cubin of each file of csrc/cuda for each architecture, by ninja, kept in build/static;
-``python tests/static/cubins.py`` prints the table of docs/kernels.md.
+``compile_all()`` builds a cubin of each file of csrc/cuda for each architecture and disassembles it, by ninja, kept in
+build/static; report.py writes it up as docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import filelock
+import sass
+from tools import ROOT, build, nvdisasm
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/static"
-
-sys.path.insert(0, str(ROOT / "csrc"))
-import build  # noqa: E402  (csrc/build.py)
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Kernel:
     stack: int
     spills: int
     threads: int | None
+    code: sass.Code
 
     @property
     def occupancy(self) -> float | None:
@@ -81,7 +79,9 @@ def compile_all() -> list[Kernel]:
     Raises
     ------
     RuntimeError
-        If there is no CUDA compiler, or it warned.
+        If there is no CUDA compiler or no disassembler.
+    CalledProcessError
+        If the compiler fails, or warns.
     """
     toolkit = build.find_toolkit()
     if toolkit is None:
@@ -94,10 +94,13 @@ def compile_all() -> list[Kernel]:
             f"  command = {toolkit.nvcc} -std=c++17 -O3 -cubin -arch=sm_$arch -Xptxas -v -Werror all-warnings "
             f"-MD -MF $out.d '-DZF_CUDA_TARGETS=\"\"' $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
+            f"rule sass\n  command = {nvdisasm()} -c $in > $out\n  description = $out",
         ]
         for source in sources:
             for arch in ARCHS:
-                lines += [f"build {source.stem}.{arch}.cubin: cubin {source}", f"  arch = {arch}"]
+                name = f"{source.stem}.{arch}"
+                lines += [f"build {name}.cubin: cubin {source}", f"  arch = {arch}"]
+                lines += [f"build {name}.sass: sass {name}.cubin"]
         (FOLDER / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", FOLDER], check=True, stdout=sys.stderr)
     return [kernel for source in sources for arch in ARCHS for kernel in _kernels(source, arch)]
@@ -114,6 +117,7 @@ _REPORT = re.compile(
 def _kernels(source: Path, arch: int) -> Iterator[Kernel]:
     cubin = FOLDER / f"{source.stem}.{arch}.cubin"
     bounds = _launch_bounds(cubin.read_bytes())
+    codes = sass.parse(cubin.with_suffix(".sass").read_text())
     for match in _REPORT.finditer(Path(f"{cubin}.log").read_text()):
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         yield Kernel(
@@ -125,6 +129,7 @@ def _kernels(source: Path, arch: int) -> Iterator[Kernel]:
             stack=int(match["stack"]),
             spills=int(match["stores"]) + int(match["loads"]),
             threads=bounds.get(match["symbol"]),
+            code=codes[match["symbol"]],
         )
 
 
@@ -152,33 +157,3 @@ def _launch_bounds(elf: bytes) -> dict[str, int]:
                     bounds[section.removeprefix(".nv.info.")] = x * y * z
                 at += 4 + (value if form == 4 else 0)  # form 4 carries `value` bytes; the others fit in the word
     return bounds
-
-
-def table(kernels: list[Kernel]) -> str:
-    """A table in Markdown: a row a kernel, a column an architecture."""
-    head = [f"sm_{arch}" for arch in ARCHS]
-    rows = [["kernel", "shared", "threads", *head], ["---"] * 3 + ["--:"] * len(head)]
-    for (_, name), group in groupby(sorted(kernels, key=lambda k: (k.file, k.name)), key=lambda k: (k.file, k.name)):
-        by_arch = {kernel.arch: kernel for kernel in group}
-        some = by_arch[min(by_arch)]
-        cells = []
-        for arch in ARCHS:
-            kernel = by_arch.get(arch)
-            busy = "" if kernel is None or kernel.occupancy is None else f" · {kernel.occupancy:.0%}"
-            cells.append(f"{kernel.registers}{busy}" if kernel else "missing")
-        rows.append([f"`{name}`", str(some.shared), str(some.threads or "–"), *cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-if __name__ == "__main__":
-    found = compile_all()
-    version = ".".join(map(str, build.find_toolkit().version()))
-    print(f"""# What the compiler says of every kernel
-
-Compiled by nvcc {version}; regenerate with `make kernels`. `tests/static` compiles the same and fails on a spill, on
-local memory, on a warning and on a missing architecture: stack and spills are 0 everywhere.
-
-- **shared**: static shared memory of a block in bytes; **threads**: the launch bound (– where the source states none).
-- Each architecture: registers a thread · theoretical occupancy at that bound (a model, not a measurement).
-
-{table(found)}""")

@@ -1,0 +1,213 @@
+"""Bank conflicts of shared memory, counted on the emulator: every access of every operator, by address.
+
+``python tests/simt/banks.py`` (`make banks`) writes docs/banks.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where this file is run by itself
+
+from operators import OPERATORS  # noqa: E402
+from oracles import Sample, normal  # noqa: E402
+
+from simt import build  # noqa: E402
+from simt.backend import Emulator  # noqa: E402
+from zfcuda import core, ops  # noqa: E402
+from zfcuda.ops import _register  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Access:
+    """All the instructions of one place in the source: how often shared memory was served, and at least had to be."""
+
+    kernel: str
+    kind: str
+    bytes: int
+    instructions: int
+    passes: int
+    least: int
+    worst: int
+    where: str
+
+    @property
+    def ratio(self) -> float:
+        return self.passes / self.least
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """File and line of the source, outside the functions that only load and store."""
+        places = [place.rpartition(":") for place in self.where.split(", from ")]
+        name, _, number = next((p for p in places if p[0] not in ("vector.cuh", "port.cuh")), places[0])
+        return name, int(number)
+
+    @property
+    def line(self) -> str:
+        """The source there; empty where addr2line names a file that is not so long."""
+        path, number = ROOT / "csrc/cuda" / self.place[0], self.place[1]
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return lines[number - 1].strip() if number <= len(lines) else ""
+
+    @property
+    def family(self) -> str:
+        """The kernel with the first of its template's arguments."""
+        return re.sub(r"(<[^,>]*).*", r"\1>", self.kernel)
+
+
+def _short(kernel: str) -> str:
+    name = kernel.replace("(anonymous namespace)::", "").replace("zfcuda::", "").removeprefix("void ")
+    return re.sub(r"\((?:int|bool)\)", "", name).partition("(")[0].strip()
+
+
+@contextmanager
+def recorded(library: ctypes.CDLL) -> Iterator[list[Access]]:
+    """The accesses that the emulator's kernels make in the body; the list is filled at its end."""
+    found: list[Access] = []
+    library.zf_simt_record_banks(1)
+    try:
+        yield found
+        for line in library.zf_simt_banks().decode().splitlines():
+            kernel, kind, *numbers, where = line.split("\t")
+            found.append(Access(_short(kernel), kind, *map(int, numbers), where))
+    finally:
+        library.zf_simt_record_banks(0)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Conflicts that stay: of which kernels, at which line of the source, how many at most, and why."""
+
+    kernel: str
+    line: str
+    ratio: float
+    why: str
+
+    def holds(self, access: Access) -> bool:
+        return bool(re.match(self.kernel, access.family)) and self.line in access.line
+
+
+_EPILOGUE = "after the main loop, once a block"
+_DIVERGENT = "lanes pass over it unequally often, which the count puts together wrongly"
+EXPLAINED = [
+    Explained(".*<double>", "from + i", 2, "main loop of float64 alone: the packs of a quad are 32 bytes apart"),
+    Explained("tap_gemm_kernel|conv2d_relu_max_pool2d_kernel", "to[tile_slot<kM>(k, row)]", 2, "NHWC by one channel"),
+    Explained(
+        "weight_gradient_kernel",
+        "left[slot] =",
+        4,
+        "main loop, open: the four channels of a pack could be stored as one",
+    ),
+    Explained("weight_gradient_kernel", "right[slot] =", 4, "likewise"),
+    Explained(
+        "weight_gradient_kernel<float>",
+        "const Column tap = columns[column]",
+        4,
+        "four columns of a lane, 64 bytes apart",
+    ),
+    Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
+    Explained("conv2d_relu_max_pool2d_kernel", "const T value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
+    Explained("tap_gemm_kernel", "targets[Tile::row(", 2, _EPILOGUE),
+    Explained(".*", "static_cast<unsigned>(pixel.x + tap.x) < breadth", 3, _DIVERGENT),
+    Explained(".*", "return source.template load", 3, _DIVERGENT),
+    Explained("local_response_norm_gradient_kernel", "sum += terms[j * kRow + pixel]", 2, _DIVERGENT),
+    Explained(
+        "map_maximum_kernel",
+        "",
+        3,
+        "value and position of a thread are neighbours: 8 or 16 bytes a lane, read by parts",
+    ),
+]
+
+
+LAYOUTS, DTYPES = ("contiguous", "channels_last"), (torch.float32, torch.float64)
+
+
+@contextmanager
+def in_place_of_the_cpu(emulator: Emulator) -> Iterator[None]:
+    """Operators on CPU tensors run on the emulator, as the fixture ``backend`` has it."""
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        _register.GUARDS.append(lambda: True)  # no call is plain
+        stack.callback(_register.GUARDS.pop)
+        patch.setitem(core.BACKENDS, "cpu", lambda: emulator)
+        patch.setattr(core, "_address", emulator.address)
+        yield
+
+
+def _samples() -> Iterator[tuple[Callable[..., Any], Sample]]:
+    """Each operator on its first samples, and the convolutions on such as fill the tiles of a block."""
+    for declared in OPERATORS:
+        for sample in declared.samples()[:4]:
+            yield declared.call, sample
+    for size, filters in (
+        ((1, 16, 13, 12), (64, 16, 3, 3)),
+        ((1, 5, 13, 12), (64, 5, 3, 3)),
+        ((1, 8, 17, 16), (8, 8, 3, 3)),
+    ):
+        yield ops.conv2d_relu, Sample([normal(*size), normal(*filters), normal(filters[0])], {"padding": 1})
+        pool = {"pool_kernel_size": 3, "pool_stride": 2, "padding": 1}
+        yield ops.conv2d_relu_max_pool2d, Sample([normal(*size), normal(*filters), normal(filters[0])], pool)
+
+
+def of_operators(emulator: Emulator) -> list[Access]:
+    """The accesses of every operator and its gradients, in each layout and dtype."""
+    with in_place_of_the_cpu(emulator), recorded(emulator.controls) as found:
+        for call, sample in _samples():
+            for layout in LAYOUTS:
+                for dtype in DTYPES:
+                    mine = sample.on(torch.device("cpu"), dtype, layout)
+                    result = mine.call(call)
+                    first = result[0] if isinstance(result, tuple) else result
+                    if first.requires_grad:
+                        torch.autograd.grad(first, mine.leaves(), torch.ones_like(first))
+        for dtype in DTYPES:
+            ops.renormalize_filters_(normal(40, 3, 5, 5).to(dtype), 0.5)
+    return found
+
+
+def explanation(access: Access) -> Explained | None:
+    return next((e for e in EXPLAINED if e.holds(access)), None) if access.passes > access.least else None
+
+
+def page(found: list[Access]) -> str:
+    """``docs/banks.md``: the instantiations of a kernel for one dtype together."""
+    places: dict[tuple[str, str, str, str], list[Access]] = {}
+    for access in found:
+        places.setdefault((access.family, access.place[0], access.line, access.kind), []).append(access)
+    rows = []
+    for (kernel, file, line, kind), accesses in sorted(places.items()):
+        ratio = sum(a.passes for a in accesses) / sum(a.least for a in accesses)
+        widths = "/".join(str(width) for width in sorted({8 * a.bytes for a in accesses}))
+        whys = {e.why for a in accesses if (e := explanation(a))}
+        code = f"`{line.replace('|', '¦')}`" if line else "–"
+        rows.append(f"| `{kernel}` | {file} | {code} | {kind} {widths} | {ratio:.2f} | {'; '.join(sorted(whys))} |")
+    return f"""# Bank conflicts of shared memory
+
+Counted on the [emulator](emulator.md) from the address of every access of every operator and gradient, in both
+layouts, float32 and float64, on small shapes and on such as fill a block's tiles; written by `make banks`.
+`tests/simt/test_banks.py` counts the same and fails on a place with conflicts that is not explained.
+
+Shared memory serves a warp's accesses of up to 32 bits a lane at once, of 64 bits by halves, of 128 bits (ldmatrix and
+cp.async too) by quarters. **passes** are what the 32 banks need for these addresses over what the width alone needs:
+1.00 is none too many.
+
+| kernel | file | line | access, bits | passes | why |
+| --- | --- | --- | --- | --: | --- |
+{chr(10).join(rows)}
+"""
+
+
+if __name__ == "__main__":
+    found = of_operators(Emulator(build.backend(), orders=("forward",)))
+    (ROOT / "docs/banks.md").write_text(page(found))
