@@ -143,7 +143,8 @@ def page(kernels: list[Kernel]) -> str:
 **A model: nothing on this page was measured.** Microseconds of ZFNet's convolutions, float32 multiply-adds, NHWC, batch
 {BATCH}; written by `make model` from the tiles and the machine code ([shares](kernels.md)), for information.
 
-- **floor**: the useful work at the peak, or the least bytes at the memory's peak, whichever is more ({peaks}).
+- **floor**: the useful work at the peak, or the least bytes at the memory's peak, whichever is more:
+  {peaks}.
 - **model**: as many waves of blocks as the grid takes, of tiles padded to their size, a block's main loop at the rate
   at which its instructions can be issued; or the bytes. No latency, no epilogue, no caches: a GPU will take longer.
   Shares are lower bounds where a loop has branches, so that a loop may also be faster than its model.
