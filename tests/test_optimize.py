@@ -298,6 +298,17 @@ def test_a_convolution_that_is_not_quite_one():
     assert "derived from Conv2d" in left(with_conv(patched))
 
 
+@pytest.mark.parametrize("pool", [None, "module"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_modes_of_padding(padding, pool):
+    """For a kernel that asks for more padding on one side, too."""
+    model = Net(RELUS["module"], POOLS.get(pool))
+    model.conv = nn.Conv2d(3, 4, (2, 3), padding=padding, dilation=(1, 2))
+    optimised = zfcuda.optimize(model)
+    assert "conv" in {entry.name for entry in optimised.zfcuda_report.replaced}
+    assert_same(model, optimised, X)
+
+
 @pytest.mark.parametrize("parametrise", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrisations(parametrise):
     model = Net(RELUS["module"])
@@ -653,8 +664,13 @@ def test_refuses_what_is_no_module():
         zfcuda.optimize(F.relu)
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_groups_are_left_to_torch(groups):
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups), nn.ReLU())
-    (entry,) = zfcuda.optimize(model).zfcuda_report.left
-    assert entry.reason == f"it has {groups} groups, for which torch's is faster"
+@pytest.mark.parametrize(
+    ("channels", "maps", "groups", "faster"),
+    [(8, 8, 4, True), (16, 16, 2, True), (8, 8, 8, False), (32, 32, 2, False), (8, 16, 4, False)],
+)
+def test_groups_are_replaced_where_that_is_faster(channels, maps, groups, faster):
+    model = nn.Sequential(nn.Conv2d(channels, maps, 3, groups=groups), nn.ReLU())
+    optimised = zfcuda.optimize(model)
+    assert_same(model, optimised, torch.randn(2, channels, 6, 7))
+    left = [entry.reason for entry in optimised.zfcuda_report.left]
+    assert left == ([] if faster else [f"it has {groups} groups of a width for which torch's is faster"])

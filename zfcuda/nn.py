@@ -63,11 +63,7 @@ class ConvReLUMaxPool2d(ConvReLU2d):
     ------
     RuntimeError
         If ``padding_mode`` is not ``"zeros"``.
-    TypeError
-        If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
-
-    padding: tuple[int, int]
 
     def __init__(
         self,
@@ -81,15 +77,16 @@ class ConvReLUMaxPool2d(ConvReLU2d):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(self.padding, str):
-            raise TypeError(f"padding is {self.padding!r}; it must be an int or two ints (height, width)")
         self.pool_kernel_size = pool_kernel_size
         self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
         self.pool_padding, self.pool_dilation, self.pool_ceil_mode = pool_padding, pool_dilation, pool_ceil_mode
         self.return_switches = return_switches
 
     def forward(self, input: Tensor) -> Any:
-        """(batch, in_channels, height, width) to the pooled tensor, or a pair of it and the switches (uint8)."""
+        """(batch, in_channels, height, width) to the pooled tensor, or a pair of it and the switches (uint8).
+
+        The batch may be missing.
+        """
         output, switches = ops.conv2d_relu_max_pool2d(
             input,
             self.weight,

@@ -12,7 +12,6 @@ from zfcuda.ops._common import (
     dense,
     empty,
     integer,
-    integers,
     memory_format,
     option,
     pair,
@@ -22,13 +21,13 @@ from zfcuda.ops._conv import Filters, conv2d_gated, conv2d_weight_gradient
 from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
 from zfcuda.ops._register import entry, operator
-from zfcuda.ops.deconv2d import check_forward, deconvolved_size
-from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, unpool, unpooled_shape
+from zfcuda.ops.deconv2d import check_forward, deconvolve, deconvolved_size, linear_tangent
+from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, plane, unpool, unpooled_shape
 
 __all__ = ["unpool_relu_deconv2d"]
 
 
-@entry(casts=True)
+@entry(casts=True, images=("signal", "switches", "forward"), whole="pool_output_size")
 def unpool_relu_deconv2d(
     signal: Tensor,
     switches: Tensor,
@@ -58,7 +57,8 @@ def unpool_relu_deconv2d(
     Parameters
     ----------
     signal
-        Pooled values (batch, in_channels, height, width), float32 or float64, any strides: what came down so far.
+        Pooled values (batch, in_channels, height, width), or of one image without the batch; float32 or float64, any
+        strides: what came down so far.
     switches
         As the pool gave them on the way up: uint8, of the signal's shape.
     weight
@@ -124,7 +124,7 @@ def unpool_relu_deconv2d(
         kernel if pool_stride is None else pair("pool_stride", pool_stride),
         pair("pool_padding", pool_padding),
         pair("pool_dilation", pool_dilation),
-        None if pool_output_size is None else integers("pool_output_size", pool_output_size),
+        plane("pool_output_size", pool_output_size, tensor("signal", signal)),
         option("overlap", overlap, OVERLAPS) == "overwrite",
         option("gate", gate, tuple(core.GATES)),
         tensor("forward", forward, optional=True),
@@ -303,7 +303,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, switches, weight, forward)
     ctx.layout = memory_format(output)
-    ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size[-2:]
+    ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -330,4 +330,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_signal, None, grad_weight, grad_bias, *(None,) * 13
 
 
-_unpool_relu_deconv2d.register_autograd(_backward, _setup_context)
+def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+    signal, switches, _, _, *step, overwrite, gate, forward = inputs
+    slide, (*window, size) = step[:5], step[5:]
+    rectifies = gate in ("deconvnet", "guided")
+
+    def unpooled(values: Tensor) -> Tensor:
+        masked = values if forward is None else values.masked_fill(forward <= 0, 0)
+        return unpool(masked, switches, *window, size, overwrite, False)
+
+    def by_signal(tangent: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        opened = unpooled(signal).detach() if rectifies else None
+        return deconvolve(unpooled(tangent), weight, bias, *slide, "backprop" if rectifies else "none", opened)
+
+    def by_weight(signal: Tensor, tangent: Tensor, bias: Tensor | None) -> Tensor:
+        return _unpool_relu_deconv2d(signal, switches, tangent, bias, *step, overwrite, gate, forward)
+
+    tensors, those = (signal, inputs[2]), (tangents[0], *tangents[2:4])
+    return linear_tangent(by_signal, by_weight, tensors, those, output.shape)
+
+
+_unpool_relu_deconv2d.register_autograd(_backward, _setup_context, _tangent)
