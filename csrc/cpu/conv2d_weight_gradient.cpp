@@ -13,7 +13,8 @@
 //   conv1 0.81   conv2 0.71   conv3 0.71   conv4 0.73   conv5 0.72   (57-68 GFLOP/s)
 // Packing the signal 12 channels a call of constant length, and an image row once for all panels,
 // gained a quarter; what is left below the forward product's speed is not explained yet.
-#include "convolution.h"
+#include "grouped_gradient.h"
+#include "plane_gradient.h"
 
 namespace zfcuda {
 namespace {
@@ -133,13 +134,36 @@ void gradient(const ConvShape& s, const T* image, const Read& signal, T* grad_we
     });
 }
 
+template <typename T>
+bool gradient_by_groups(const ConvShape& s) {
+    return narrow_groups<T>(s.channels_last, s.groups, s.in_per_group(), s.out_per_group(),
+                            s.taps());
+}
+
+// Where a position's channels lie a plane apart and are so few that copying their planes again for
+// every block of maps takes less time than packing them.
+template <typename T>
+bool gradient_by_planes(const ConvShape& s) {
+    if (getenv("ZFG")) return false;
+    return !s.channels_last &&
+           PlaneGradient<T>(s).scratch() * std::int64_t(sizeof(T)) <= 8 * kPlaneBytes;
+}
+
 }  // namespace
 
-std::int64_t conv2d_weight_gradient_workspace(const ConvShape&, Dtype dtype, const Exec& exec) {
+std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        bytes = kLine + sizeof(T) * kGradScratch<T> * max_threads(exec);
+        std::int64_t scratch = kGradScratch<T>, shared = 0;
+        if (gradient_by_groups<T>(s)) {
+            scratch = GroupedGradient<T, Source<Gate::none, T>>::scratch(s);
+        } else if (gradient_by_planes<T>(s)) {
+            const PlaneGradient<T> plan(s);
+            scratch = plan.scratch();
+            shared = plan.offsets_room();
+        }
+        bytes = kLine + sizeof(T) * (shared + scratch * max_threads(exec));
     });
     return bytes;
 }
@@ -150,8 +174,15 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         with_source<T>(gate, signal, forward, [&](const auto& source) {
-            gradient(s, image.as<const T>(), source, grad_weight.as<T>(), grad_bias.as<T>(),
-                     aligned<T>(workspace), exec);
+            const T* const from = image.as<const T>();
+            T *const by_weight = grad_weight.as<T>(), *const by_bias = grad_bias.as<T>();
+            T* const scratch = aligned<T>(workspace);
+            if (gradient_by_groups<T>(s))
+                run_grouped_gradient(s, from, source, by_weight, by_bias, scratch, exec);
+            else if (gradient_by_planes<T>(s))
+                PlaneGradient<T>(s).run(from, source, by_weight, by_bias, scratch, exec);
+            else
+                gradient(s, from, source, by_weight, by_bias, scratch, exec);
         });
     });
 }
