@@ -148,6 +148,7 @@ REFUSED = [
     (RuntimeError, "input has shape", lambda i, n, o: ops.crop_windows(i[0], n, o, 2)),
     (RuntimeError, "images has dtype", lambda i, n, o: ops.crop_windows(i, n.int(), o, 2)),
     (RuntimeError, "images has shape", lambda i, n, o: ops.crop_windows(i, o, o, 2)),
+    (RuntimeError, "images has shape", lambda i, n, o: ops.crop_windows(i, n[0], o, 2)),
     (RuntimeError, "images is on meta", lambda i, n, o: ops.crop_windows(i, n.to("meta"), o, 2)),
     (RuntimeError, "origins has dtype", lambda i, n, o: ops.crop_windows(i, n, o.double(), 2)),
     (RuntimeError, "origins has shape", lambda i, n, o: ops.crop_windows(i, n, o[:2], 2)),

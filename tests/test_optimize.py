@@ -241,15 +241,19 @@ def test_normalisation_and_pools_alone():
             return F.max_pool2d(F.local_response_norm(x, 3, 0.1, k=2.0), 2, return_indices=False)
 
     modules = nn.Sequential(nn.LocalResponseNorm(3, 0.1, 0.75, 2.0), nn.MaxPool2d(2))
-    large = torch.randn(2, 4, 64, 64)
+    large = torch.randn(2, 4, 64, 64)  # 32,768 numbers
     for model in (modules, Functions()):
         optimised = zfcuda.optimize(model)
         ours = [name for name in calls(optimised, large).names if name.startswith("zfcuda")]
         assert ours == ["zfcuda::local_response_norm", "zfcuda::max_pool2d"]
         assert_same(model, optimised, large)
-        for x in (large.contiguous(memory_format=torch.channels_last), large[:, :, :8, :8]):
-            assert calls(optimised, x).count("zfcuda::max_pool2d") == 0, "torch's is faster there"
-            assert_same(model, optimised, x)
+        last, little = large.contiguous(memory_format=torch.channels_last), large[:, :, :8, :8]
+        larger = torch.randn(2, 4, 256, 256)
+        faster = [(last, False), (little, True), (large, True), (last, True)]  # torch's, or ours
+        for (x, trains), pools in zip([*faster, (larger, True)], [1, 0, 0, 0, 1], strict=True):
+            x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(trains)
+            assert calls(optimised, x).count("zfcuda::max_pool2d") == pools
+            assert_same(model, optimised, x.detach())
 
 
 @pytest.mark.parametrize("module", [nn.MaxPool2d(2), nn.LocalResponseNorm(3), nn.Conv2d(3, 2, 3), nn.Identity()])

@@ -168,17 +168,25 @@ def fastest_max_pool2d(
 ) -> Tensor:
     """``torch.nn.functional.max_pool2d`` by :func:`zfcuda.ops.max_pool2d` where that is the faster of the two.
 
-    That is for contiguous input of rank 4 and 32,768 numbers or more on the CPU, which torch pools one value at a time.
-    torch's own is called for channels_last, whose channels it pools side by side, for less, for dtypes that ours does
-    not take, and on other devices, where nothing has been measured. Values and gradients are the same.
+    That is for input of rank 4 on the CPU: of 32,768 numbers or more where no gradient is recorded, and of 131,072 or
+    more, contiguous (which torch pools one value at a time), where one is. torch's own is called elsewhere: its gradient
+    of channels_last input is the faster one, little input takes no time, and on other devices nothing has been
+    measured. Values and gradients are the same.
     """
     window: Any = kernel_size, stride, padding, dilation, ceil_mode
     if has_torch_function_unary(input):
         return handle_torch_function(fastest_max_pool2d, (input,), input, *window)
-    large = input.is_cpu and input.dim() == 4 and input.numel() >= 1 << 15 and input.dtype in core.DTYPES
-    if large and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last):
+    if input.is_cpu and input.dim() == 4 and input.dtype in core.DTYPES and input.numel() >= _enough_to_pool(input):
         return ops.max_pool2d(input, *window)[0]
     return nn.functional.max_pool2d(input, *window)
+
+
+def _enough_to_pool(input: Tensor) -> float:
+    """Numbers from which on ours takes less time than torch's, as measured by benchmarks/bench_fastest_max_pool2d.py."""
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return 1 << 15
+    contiguous = input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
+    return 1 << 17 if contiguous else float("inf")
 
 
 class FastestMaxPool2d(nn.MaxPool2d):

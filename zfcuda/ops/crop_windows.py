@@ -68,9 +68,10 @@ def _check(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int]) 
         raise RuntimeError(f"input has shape {tuple(input.shape)}; it must be (images, height, width, channels)")
     if min(size) < 1:
         raise RuntimeError(f"size is {tuple(size)}; both numbers must be at least 1")
-    check_origins("images", images, images.shape[:1], input)
-    check_origins("origins", origins, (len(images), 2), input)
-    return [len(images), *size, input.size(3)]
+    windows = images.numel()
+    check_origins("images", images, (windows,), input)
+    check_origins("origins", origins, (windows, 2), input)
+    return [windows, *size, input.size(3)]
 
 
 @operator("crop_windows")

@@ -149,8 +149,8 @@ def _pushed_forward(
     function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> Tensor:
     """The tangent of the result: the transpose of the transpose, as torch's forward mode does not nest."""
-    result, pull_back = torch.func.vjp(function, *tensors)
-    return cast(Tensor, torch.func.vjp(pull_back, torch.zeros_like(result))[1](tangents)[0])
+    pulled = torch.func.vjp(function, *tensors)
+    return cast(Tensor, torch.func.vjp(pulled[1], torch.zeros_like(pulled[0]))[1](tangents)[0])
 
 
 def _torchs_gradient(constants: Sequence[Any], input: Tensor, grad: Tensor) -> Tensor:
