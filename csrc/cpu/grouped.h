@@ -9,6 +9,12 @@
 // is empty, where the general product (convolution.h) would have a group's few channels as its
 // columns. A depthwise convolution is the case of one channel, without shuffles. The sums are those
 // of the general product, term by term, while they fit one block of depth.
+//
+// Measured as in planes.h, torch 2.13 / ours (before), forward and by input: groups of 4 at 56 x 56
+// 1.7 (.26), 1.3 (.10); depthwise 3 x 3 at 56 x 56 .86 (.03), .96 (.02), at 14 x 14 .68, .69;
+// stride 2 at 112 x 112 .44, .42, not explained yet. What made it: all channels of a position
+// before the next position (memory in order) 2.3 times, gating a row once instead of for every tap
+// 2 times.
 #pragma once
 
 #include "convolution.h"

@@ -9,6 +9,11 @@
 // behind the gate, in rows of whole vectors, and multiplies kMaps of these with kTaps shifts at a
 // time, in registers. The general product (conv2d_weight_gradient.cpp) has the positions as the
 // depth of the sum, and packs every one of them, a plane apart from channel to channel.
+//
+// Measured as in planes.h, torch 2.13 / ours (before): 3 -> 64 at 224 x 224 5.1 (.41), depthwise at
+// 56 x 56 .90 (.08), 7 x 7 at 28 x 28 7.5 (.20), groups of 4 2.8 (.23), 64 -> 64 at 56 x 56 .43
+// (.33). Lost: more channels (256: .26 against .50), whose planes are copied for every block of
+// maps.
 #pragma once
 
 #include "planes.h"

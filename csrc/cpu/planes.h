@@ -13,10 +13,18 @@
 // next (kernel - 1 positions of each) is not stored. The general product (convolution.h) packs each
 // element for every tap and stores a position's channels a plane apart.
 //
-// A sum is that of the general product, term by term, while it fits one block of depth.
+// A sum is that of the general product, term by term and block by block.
 //
-// Floor of 3 -> 64 channels, 3 x 3, 224 x 224: 27 multiply-adds and 4 bytes of stores a result.
-// With groups a panel of a has few rows; one row alone does a multiply-add a load.
+// Floor of 3 -> 64 channels, 3 x 3: 27 multiply-adds and 4 bytes of stores a result, that is,
+// memory's speed. A depthwise convolution does a multiply-add a load.
+//
+// Measured (float32, batch 8, Zen 5, AVX-512, one thread, processor time, medians of calls in
+// turn), torch 2.13 / ours, and ours before: 3 -> 64 at 224 x 224 2.0 (before .35), its input's
+// gradient 4.5
+// (.65); 64 -> 64 at 56 x 56 1.0 (.68), .97 (.22); depthwise 3 x 3 at 56 x 56 1.9 (.12), 1.1 (.10);
+// groups of 4 at 56 x 56 2.0 (.22), 1.4 (.12). Lost: more than 128 channels forward (their planes
+// leave the L1 cache, where packing pays for itself over many columns), one vector for a single
+// row.
 #pragma once
 
 #include "convolution.h"
