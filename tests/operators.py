@@ -134,6 +134,7 @@ OPERATORS = [
         test_conv2d_relu_max_pool2d.rounding,
         batched=("input",),
         differentiable=("input", "weight", "bias"),
+        unbatched=True,
         casts=True,
         tiny=(
             lambda: ops.conv2d_relu_max_pool2d(IMAGE, FILTERS, BIAS, pool_kernel_size=2),
@@ -147,6 +148,7 @@ OPERATORS = [
         reference.unpool_relu_deconv2d,
         batched=("signal", "switches", "forward"),
         differentiable=("signal", "weight", "bias"),
+        unbatched=True,
         casts=True,
         tiny=(
             lambda: ops.unpool_relu_deconv2d(POOLED, SWITCHES, FILTERS, BIAS, pool_kernel_size=2),
@@ -180,6 +182,7 @@ OPERATORS = [
         reference.relu_max_pool2d,
         batched=("input",),
         differentiable=("input",),
+        unbatched=True,
         tiny=(lambda: ops.relu_max_pool2d(IMAGE, 2), lambda: F.max_pool2d(IMAGE.relu(), 2, return_indices=True)),
     ),
     Declared(
@@ -189,6 +192,7 @@ OPERATORS = [
         reference.switch_gather,
         batched=("input", "switches"),
         differentiable=("input",),
+        unbatched=True,
         tiny=(
             lambda: ops.switch_gather(IMAGE, SWITCHES, 2),
             lambda: IMAGE.flatten(2).gather(2, INDICES.flatten(2)).view_as(INDICES),
@@ -242,9 +246,9 @@ All of them:
   `torch.use_deterministic_algorithms`;
 - compile by `torch.compile(fullgraph=True, dynamic=True)`, export by `torch.export`, strict or not, and trace by
   `make_fx`, `torch.fx.symbolic_trace`, `FakeTensorMode` and on `meta`; profilers see them as `zfcuda::name`;
-- answer `torch.func.grad`, `jacrev` and `vmap`, in any nesting, where they have derivatives, and refuse a gradient
-  where they have none. Forward mode (`jvp`, `jacfwd`, dual tensors) is refused with the way round it, never answered by
-  zeros. Inside `torch.compile`, `vmap` works and torch refuses `torch.func.grad` of registered operators;
+- answer `torch.func.grad`, `jacrev`, `vmap` and forward mode (`jvp`, `jacfwd`, dual tensors), in any nesting, where
+  they have derivatives, and refuse a gradient or a tangent where they have none, never answering by zeros. Inside
+  `torch.compile`, `vmap` and `jvp` work, and torch refuses `torch.func.grad` of registered operators;
 - leave float64 alone under autocast, as torch does.
 
 What is written into `out=`, and `renormalize_filters_`, is not differentiable: a tensor that requires a gradient is

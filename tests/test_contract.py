@@ -5,6 +5,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
+import inspect
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -76,14 +78,39 @@ def test_gradients_have_the_strides_of_their_tensors(backend, declared, layout, 
 
 
 @having(lambda d: d.unbatched)
-def test_one_image_is_a_batch_of_one(backend, declared):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_image_is_a_batch_of_one(backend, declared, layout):
     for sample in declared.samples():
-        placed = sample.on(backend.device, torch.float32)
+        placed = sample.on(backend.device, torch.float32, layout)
         if placed.tensors[0].size(0):
             expected = declared.images(placed, lambda t: t[:1]).call(declared.call)
-            actual = declared.images(placed, lambda t: t[0]).call(declared.call)
-            for a, e in zip(*(r if isinstance(r, tuple) else (r,) for r in (actual, expected)), strict=True):
-                assert torch.equal(a, e[0])
+            image = declared.images(placed, lambda t: t[0])
+            image.options = {n: _of_one_image(n, v) for n, v in image.options.items()}
+            expected = [e[0] for e in (expected if isinstance(expected, tuple) else (expected,))]
+            same(image.call(declared.call), expected)
+            if "out" in inspect.signature(declared.call).parameters:
+                out = tuple(torch.empty_strided(e.shape, e.stride(), dtype=e.dtype, device=e.device) for e in expected)
+                with torch.no_grad():
+                    image.options["out"] = out if len(out) > 1 else out[0]
+                    assert image.call(declared.call) is image.options["out"]
+                same(out, expected)
+
+
+def _of_one_image(name, value):
+    """A whole size without the batch."""
+    return value[1:] if name.endswith("output_size") and value is not None and len(value) == 4 else value
+
+
+@having(lambda d: d.unbatched and len(d.batched) > 1)
+def test_one_image_and_a_batch_do_not_mix(backend, declared):
+    sample = declared.sample(backend.device, torch.float32)
+    if sum(t is not None and t.dim() == 4 for t in sample.tensors[:2]) < 2:
+        pytest.skip("takes one tensor of images here")
+    for n in range(2):
+        tensors = [t[:1].detach() if m < 2 else t for m, t in enumerate(sample.tensors)]
+        tensors[n] = tensors[n][0]
+        with pytest.raises(RuntimeError, match="has shape"):
+            declared.call(*tensors, **sample.options)
 
 
 @ALL
@@ -243,8 +270,61 @@ def test_vmap_and_grad_in_either_order(backend, declared):
     torch.testing.assert_close(grad(lambda *t: vmap(function)(*t).pow(2).sum())(*stacked), expected)
 
 
+def _tangents_by_reverse_mode(function, tensors, tangents):
+    """The transpose of the gradient, for each tensor by itself and for all together."""
+    alone = [
+        torch.autograd.functional.jvp(lambda t, n=n: function(*tensors[:n], t, *tensors[n + 1 :]), t, v)[1]
+        for n, (t, v) in enumerate(zip(tensors, tangents, strict=True))
+    ]
+    return [*alone, sum(alone)]
+
+
 @NATIVE
-@ALL
+@SAMPLES
+def test_forward_mode(backend, declared, number):
+    """By torch.func and by dual tensors, of one tensor and of all: what reverse mode says."""
+    if not declared.differentiable:
+        pytest.skip("has no derivatives")
+    function, tensors = declared.of(declared.samples()[number].on(backend.device, torch.float64))
+    tangents = [normal(*t.shape, seed=n).to(t.device) for n, t in enumerate(tensors)]
+    expected = _tangents_by_reverse_mode(function, tensors, tangents)
+    every = range(len(tensors))
+    for moved, e in zip([*([n] for n in every), list(every)], expected, strict=True):
+        some = lambda *t, moved=moved: function(*(t[moved.index(n)] if n in moved else tensors[n] for n in every))  # noqa: E731
+        primals, directions = tuple(tensors[n] for n in moved), tuple(tangents[n] for n in moved)
+        torch.testing.assert_close(jvp(some, primals, directions)[1], e)
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(some(*map(forward_ad.make_dual, primals, directions))).tangent
+        torch.testing.assert_close(tangent, e)
+
+
+@NATIVE
+@DIFFERENTIABLE
+def test_forward_mode_in_any_nesting(backend, declared):
+    """Jacobians, Hessians four ways, and mixed derivatives by two tensors."""
+    samples = [s for s in declared.samples() if s.tensors[0].numel() > 16]
+    smallest = min(samples, key=lambda s: s.tensors[0].numel()).on(backend.device, torch.float64)
+    function, tensors = declared.of(smallest)
+    every = tuple(range(len(tensors)))
+    for a, e in zip(jacfwd(function, every)(*tensors), jacrev(function, every)(*tensors), strict=True):
+        torch.testing.assert_close(a, e)
+    first, *rest = tensors
+    cubes = lambda *t: function(*t).pow(3).sum()  # noqa: E731
+    hessians = torch.autograd.functional.hessian(cubes, tuple(tensors))
+    for outer, inner in itertools.product((jacfwd, jacrev), repeat=2):
+        for n in every:  # by the first tensor, and each
+            torch.testing.assert_close(outer(inner(cubes, n))(first, *rest), hessians[n][0])
+    stacked = torch.stack([first, -first])
+    along = jvp(lambda t: vmap(lambda u: function(u, *rest))(t), (stacked,), (stacked,))[1]
+    expected = torch.stack([jvp(lambda t: function(t, *rest), (t,), (t,))[1] for t in stacked])
+    torch.testing.assert_close(along, expected)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: jvp(lambda u: function(u, *rest), (t,), (t,))[1], backend="aot_eager")
+    torch.testing.assert_close(compiled(first), expected[0])
+
+
+@NATIVE
+@OTHERS
 def test_forward_mode_is_refused(backend, declared):
     """Never a silent zero, whichever way a tangent comes in."""
     function, tensors = declared.of(declared.sample(backend.device, torch.float32))
@@ -260,8 +340,6 @@ def test_forward_mode_is_refused(backend, declared):
         lambda: jacfwd(function)(*tensors),
         lambda: jvp(lambda t: vmap(lambda u: function(u, *rest))(t), (first[None],), (first[None],)),
     ]
-    if declared.differentiable:
-        ways.append(lambda: jvp(grad(lambda t: loss(function)(t, *rest)), (first,), (first,)))
     for way in ways:
         with pytest.raises(RuntimeError, match=f"{declared.name} has no forward-mode derivative"):
             way()
@@ -269,8 +347,16 @@ def test_forward_mode_is_refused(backend, declared):
     compiled = torch.compile(lambda t: jvp(lambda u: function(u, *rest), (t,), (t,)), backend="aot_eager")
     with pytest.raises(Exception, match=f"{declared.name} has no forward-mode derivative"):
         compiled(first)
-    with forward_ad.dual_level():  # of other tensors
-        same(function(*tensors), declared.of(declared.sample(backend.device, torch.float32))[0](*tensors))
+
+
+@NATIVE
+@ALL
+def test_tangents_of_other_tensors(backend, declared):
+    """… change nothing."""
+    function, tensors = declared.of(declared.sample(backend.device, torch.float32))
+    expected = function(*tensors)
+    with forward_ad.dual_level():
+        same(function(*tensors), expected)
 
 
 # ---------------------------------------------------------------- tracing

@@ -92,6 +92,15 @@ def test_exact(backend, sample):
     check_exact(ops.conv2d_relu_max_pool2d, torchs, sample, backend)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4)], ids=str)
+def test_modes_of_padding(backend, kernel, padding):
+    """As torch's: where a kernel of even size asks for more on one side, that is the right and the lower one."""
+    options = {"padding": padding, "dilation": (1, 2) if kernel == (3, 3) else (3, 1), **POOL}
+    sample = Sample(tensors(whole_numbers, 2, 3, (9, 8), 4, kernel), options)
+    check_exact(ops.conv2d_relu_max_pool2d, torchs, sample, backend)
+
+
 def test_memory_formats(backend):
     """Results follow the input's format, the gradient of the weight has the weight's strides."""
     sample = sample_inputs()[0].on(backend.device, torch.float32)
@@ -170,7 +179,7 @@ CASES = st.fixed_dictionaries(
         "size": st.tuples(st.integers(2, 12), st.integers(2, 12)),
         "kernel": st.tuples(st.integers(1, 3), st.integers(1, 3)),
         "stride": st.tuples(st.integers(1, 2), st.sampled_from([1, 1, 1, 2, 0])),
-        "padding": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+        "padding": st.tuples(st.integers(0, 2), st.integers(0, 2)) | st.sampled_from(["same", "valid"]),
         "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
         "pool_kernel_size": st.tuples(st.integers(1, 4), st.integers(1, 4)),
         "pool_stride": st.none() | st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 1, 2, 0])),
@@ -192,8 +201,10 @@ def test_agrees_with_torch(backend):
         options = {name: c[name] for name in c if name.startswith("pool_") or name in NAMES}
         window = [c["pool_" + name] for name in ("kernel_size", "stride", "padding", "dilation")]
         window[1] = window[1] or window[0]
-        axes = zip(c["size"], c["kernel"], c["stride"], c["padding"], c["dilation"], strict=True)
-        maps = [(n + 2 * p - d * (k - 1) - 1) // max(s, 1) + 1 for n, k, s, p, d in axes]
+        sums = {"same": [d * (k - 1) for k, d in zip(c["kernel"], c["dilation"], strict=True)], "valid": (0, 0)}
+        padded = sums[c["padding"]] if isinstance(c["padding"], str) else [2 * p for p in c["padding"]]
+        axes = zip(c["size"], c["kernel"], c["stride"], padded, c["dilation"], strict=True)
+        maps = [(n + p - d * (k - 1) - 1) // max(s, 1) + 1 for n, k, s, p, d in axes]
         if min(window[1] + window[3]) > 0 and min(window[2]) >= 0 and steps_over(maps, *window):
             return  # torch does not refuse these; see test_max_pool2d.py
         sample = Sample([image, weight, bias], options)
@@ -208,13 +219,14 @@ fused = ops.conv2d_relu_max_pool2d
 REFUSED = [
     (TypeError, "input", lambda x, w, b: fused(None, w, **P)),
     (TypeError, "bias", lambda x, w, b: fused(x, w, 1.0, **P)),
-    (TypeError, "padding", lambda x, w, b: fused(x, w, b, 1, "same", **P)),
+    (ValueError, "padding", lambda x, w, b: fused(x, w, b, 1, "full", **P)),
+    (RuntimeError, "padding is 'same'", lambda x, w, b: fused(x, w, b, (1, 2), "same", **P)),
     (TypeError, "pool_kernel_size", lambda x, w, b: fused(x, w, b)),
     (TypeError, "pool_kernel_size", lambda x, w, b: fused(x, w, b, pool_kernel_size=2.0)),
     (TypeError, "pool_stride", lambda x, w, b: fused(x, w, b, **P, pool_stride="2")),
     (TypeError, "pool_ceil_mode", lambda x, w, b: fused(x, w, b, **P, pool_ceil_mode=1)),
     (TypeError, "out", lambda x, w, b: fused(x, w, b, **P, out=x)),
-    (RuntimeError, "input has shape", lambda x, w, b: fused(x[0], w, **P)),
+    (RuntimeError, "input has shape", lambda x, w, b: fused(x[0, 0], w, **P)),
     (RuntimeError, "weight has dtype", lambda x, w, b: fused(x, w.double(), **P)),
     (RuntimeError, "bias has shape", lambda x, w, b: fused(x, w, b[:5], **P)),
     (RuntimeError, "groups is 3", lambda x, w, b: fused(x, w, b, groups=3, **P)),

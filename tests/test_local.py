@@ -39,7 +39,11 @@ def at_corners(size):
 
 
 def check(net, images, layer, units, positions, gate, atol=0.0):
-    """Local in the net's dtype against dense in float64: at most twice the error of dense in the net's dtype."""
+    """Local in the net's dtype against dense in float64: at most twice the error of dense in the net's dtype.
+
+    And a floor: sums round by the size of their terms, not by what is left of these where they cancel. The same
+    projection with every number's absolute value says how large the terms are.
+    """
     exact = DeconvNet(module_in_double(net))
     record = exact(images.double())
     small = DeconvNet(net)
@@ -56,7 +60,13 @@ def check(net, images, layer, units, positions, gate, atol=0.0):
     assert local.shape == dense.shape
     scale = truth.flatten(2).norm(dim=2)
     errors = [(values.double() - truth).flatten(2).norm(dim=2) for values in (local, dense)]
-    floor = 4 * torch.finfo(images.dtype).eps * scale + atol
+    absolute = module_in_double(net)
+    for parameter in absolute.parameters():
+        parameter.data.abs_()
+    positive = {name: map_.abs() for name, map_ in record.maps.items()}
+    everything = zfcuda.deconv.Record(images.double(), positive, record.switches, record.logits)
+    terms = DeconvNet(absolute).project(everything, layer, units, dense=True, **asked).flatten(2).norm(dim=2)
+    floor = 4 * torch.finfo(images.dtype).eps * terms + atol
     assert (errors[0] <= 2 * errors[1].amax() / scale.amax().clamp(min=1e-30) * scale + floor).all()
 
 

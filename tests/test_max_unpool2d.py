@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracles import (
     DTYPES,
     LAYOUTS,
+    NATIVE,
     Sample,
     channels_innermost,
     check_exact,
@@ -100,6 +101,23 @@ def test_overwrite_lets_a_zero_win(backend):
         output = ops.max_unpool2d(values, switches, overlap=overlap, **arguments)
         assert output.flatten().tolist() == [0, 0, shared, 0, 0]
         assert torch.autograd.grad(output.sum(), values)[0].flatten().tolist() == gradient
+
+
+@NATIVE
+def test_vmap_of_a_whole_output_size(backend):
+    """The size is that of one of the mapped batches."""
+    x = normal(3, 2, 4, 7, 6).to(backend.device)
+    pooled, switches = torch.func.vmap(lambda t: ops.max_pool2d(t, 2))(x)
+    unpooled = torch.func.vmap(lambda p, s: ops.max_unpool2d(p, s, 2, output_size=(2, 4, 7, 6)))(pooled, switches)
+    one_by_one = [ops.max_unpool2d(p, s, 2, output_size=(7, 6)) for p, s in zip(pooled, switches, strict=True)]
+    assert torch.equal(unpooled, torch.stack(one_by_one))
+
+
+def test_conversions_of_one_image(backend):
+    _, switches = ops.max_pool2d(normal(2, 3, 7, 6).to(backend.device), 2)
+    indices = ops.switches_to_indices(switches, (7, 6), 2)
+    assert torch.equal(ops.switches_to_indices(switches[1], (3, 7, 6), 2), indices[1])
+    assert torch.equal(ops.indices_to_switches(indices[1], (7, 6), 2), switches[1])
 
 
 def test_default_output_size_is_torchs(backend):
@@ -240,7 +258,7 @@ def test_an_index_outside_its_window():
         (RuntimeError, "indices has dtype", lambda: ops.indices_to_switches(S, (6, 6), 2)),
         (RuntimeError, "indices has shape", lambda: ops.indices_to_switches(S.long(), (9, 6), 2)),
         (RuntimeError, "switches has dtype", lambda: ops.switches_to_indices(S.long(), (6, 6), 2)),
-        (RuntimeError, "switches has shape", lambda: ops.switches_to_indices(S[0], (6, 6), 2)),
+        (RuntimeError, "switches has shape", lambda: ops.switches_to_indices(S[0, 0], (6, 6), 2)),
         (TypeError, "switches", lambda: ops.switches_to_indices([1], (6, 6), 2)),
         (TypeError, "input_size", lambda: ops.switches_to_indices(S, (6.5, 6), 2)),
     ],

@@ -241,14 +241,19 @@ def test_normalisation_and_pools_alone():
             return F.max_pool2d(F.local_response_norm(x, 3, 0.1, k=2.0), 2, return_indices=False)
 
     modules = nn.Sequential(nn.LocalResponseNorm(3, 0.1, 0.75, 2.0), nn.MaxPool2d(2))
-    large = torch.randn(2, 4, 64, 64)
+    large = torch.randn(2, 4, 64, 64)  # 32,768 numbers
     for model in (modules, Functions()):
         optimised = zfcuda.optimize(model)
         ours = [name for name in calls(optimised, large).names if name.startswith("zfcuda")]
         assert ours == ["zfcuda::local_response_norm", "zfcuda::max_pool2d"]
         assert_same(model, optimised, large)
-        for x in (large.contiguous(memory_format=torch.channels_last), large[:, :, :8, :8]):
-            assert calls(optimised, x).count("zfcuda::max_pool2d") == 0, "torch's is faster there"
+        last, little = large.contiguous(memory_format=torch.channels_last), large[:, :, :8, :8]
+        larger = torch.randn(2, 4, 256, 256)
+        for x, inference, training in ((large, 1, 0), (last, 1, 0), (little, 0, 0), (larger, 1, 1)):
+            assert calls(optimised, x).count("zfcuda::max_pool2d") == inference
+            with Calls() as seen:
+                optimised(x.clone(memory_format=torch.preserve_format).requires_grad_())
+            assert seen.count("zfcuda::max_pool2d") == training
             assert_same(model, optimised, x)
 
 
@@ -296,6 +301,17 @@ def test_a_convolution_that_is_not_quite_one():
     patched = nn.Conv2d(3, 4, 3)
     patched.forward = lambda x: x[:, :1].expand(-1, 4, -1, -1)
     assert "derived from Conv2d" in left(with_conv(patched))
+
+
+@pytest.mark.parametrize("pool", [None, "module"])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_modes_of_padding(padding, pool):
+    """For a kernel that asks for more padding on one side, too."""
+    model = Net(RELUS["module"], POOLS.get(pool))
+    model.conv = nn.Conv2d(3, 4, (2, 3), padding=padding, dilation=(1, 2))
+    optimised = zfcuda.optimize(model)
+    assert "conv" in {entry.name for entry in optimised.zfcuda_report.replaced}
+    assert_same(model, optimised, X)
 
 
 @pytest.mark.parametrize("parametrise", [parametrizations.weight_norm, parametrizations.spectral_norm])
@@ -653,11 +669,16 @@ def test_refuses_what_is_no_module():
         zfcuda.optimize(F.relu)
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-def test_groups_are_left_to_torch(groups):
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups), nn.ReLU())
-    (entry,) = zfcuda.optimize(model).zfcuda_report.left
-    assert entry.reason == f"it has {groups} groups, for which torch's is faster"
+@pytest.mark.parametrize(
+    ("channels", "maps", "groups", "faster"),
+    [(8, 8, 4, True), (16, 16, 2, True), (8, 8, 8, False), (32, 32, 2, False), (8, 16, 4, False)],
+)
+def test_groups_are_replaced_where_that_is_faster(channels, maps, groups, faster):
+    model = nn.Sequential(nn.Conv2d(channels, maps, 3, groups=groups), nn.ReLU())
+    optimised = zfcuda.optimize(model)
+    assert_same(model, optimised, torch.randn(2, channels, 6, 7))
+    left = [entry.reason for entry in optimised.zfcuda_report.left]
+    assert left == ([] if faster else [f"it has {groups} groups of a width for which torch's is faster"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -63,11 +63,7 @@ class ConvReLUMaxPool2d(ConvReLU2d):
     ------
     RuntimeError
         If ``padding_mode`` is not ``"zeros"``.
-    TypeError
-        If ``padding`` is a mode (``"same"`` or ``"valid"``) instead of one or two ints.
     """
-
-    padding: tuple[int, int]
 
     def __init__(
         self,
@@ -81,15 +77,16 @@ class ConvReLUMaxPool2d(ConvReLU2d):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(self.padding, str):
-            raise TypeError(f"padding is {self.padding!r}; it must be an int or two ints (height, width)")
         self.pool_kernel_size = pool_kernel_size
         self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
         self.pool_padding, self.pool_dilation, self.pool_ceil_mode = pool_padding, pool_dilation, pool_ceil_mode
         self.return_switches = return_switches
 
     def forward(self, input: Tensor) -> Any:
-        """(batch, in_channels, height, width) to the pooled tensor, or a pair of it and the switches (uint8)."""
+        """(batch, in_channels, height, width) to the pooled tensor, or a pair of it and the switches (uint8).
+
+        The batch may be missing.
+        """
         output, switches = ops.conv2d_relu_max_pool2d(
             input,
             self.weight,
@@ -171,17 +168,25 @@ def fastest_max_pool2d(
 ) -> Tensor:
     """``torch.nn.functional.max_pool2d`` by :func:`zfcuda.ops.max_pool2d` where that is the faster of the two.
 
-    That is for contiguous input of rank 4 and 32,768 numbers or more on the CPU, which torch pools one value at a time.
-    torch's own is called for channels_last, whose channels it pools side by side, for less, for dtypes that ours does
-    not take, and on other devices, where nothing has been measured. Values and gradients are the same.
+    That is for input of rank 4 on the CPU: of 32,768 numbers or more where no gradient is recorded, and of 131,072 or
+    more, contiguous (which torch pools one value at a time), where one is. torch's own is called elsewhere: its
+    gradient of channels_last input is the faster one, little input takes no time, and on other devices nothing has
+    been measured. Values and gradients are the same.
     """
     window: Any = kernel_size, stride, padding, dilation, ceil_mode
     if has_torch_function_unary(input):
         return handle_torch_function(fastest_max_pool2d, (input,), input, *window)
-    large = input.is_cpu and input.dim() == 4 and input.numel() >= 1 << 15 and input.dtype in core.DTYPES
-    if large and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last):
+    if input.is_cpu and input.dim() == 4 and input.dtype in core.DTYPES and input.numel() >= _enough_to_pool(input):
         return ops.max_pool2d(input, *window)[0]
     return nn.functional.max_pool2d(input, *window)
+
+
+def _enough_to_pool(input: Tensor) -> float:
+    """Numbers from which on ours takes less time than torch's: benchmarks/bench_fastest_max_pool2d.py."""
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return 1 << 15
+    contiguous = input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
+    return 1 << 17 if contiguous else float("inf")
 
 
 class FastestMaxPool2d(nn.MaxPool2d):

@@ -7,7 +7,9 @@
 // both in turn, buffers reused), torch 2.13 / ours, channels_last:
 //   conv1 1.33   conv2 0.99   conv3 0.92   conv4 0.92   conv5 0.89   (conv2-5 at 104 GFLOP/s, 90 %
 //   of the core's 116; conv1 at 80)
-#include "convolution.h"
+//
+// Narrow groups and contiguous images of few channels go ways of their own: grouped.h, planes.h.
+#include "passes.h"
 
 namespace zfcuda {
 std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
@@ -15,8 +17,7 @@ std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec)
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         const Pass<T> pass = forward_pass<T>(s, nullptr);
-        bytes = kLine + sizeof(Sum<T>) * (pass.packed_weight() +
-                                          pass_scratch<T>(pass.columns) * max_threads(exec));
+        bytes = kLine + sizeof(Sum<T>) * room(pass, false, exec);
     });
     return bytes;
 }
@@ -27,9 +28,8 @@ void conv2d(const ConvShape& s, Dtype dtype, Gate gate, Address image, Address w
         using T = decltype(zero);
         const Pass<T> pass = forward_pass(s, weight.as<const T>());
         const Epilogue<T> epilogue{gate, bias.as<const T>(), forward.as<const T>(), maps.as<T>()};
-        auto* packed = aligned<Sum<T>>(workspace);
         const Source<Gate::none, T> source{image.as<const T>(), nullptr};
-        run_pass(pass, source, epilogue, packed, packed + pass.packed_weight(), exec);
+        run(pass, source, epilogue, aligned<Sum<T>>(workspace), exec);
     });
 }
 

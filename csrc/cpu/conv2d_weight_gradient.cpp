@@ -19,7 +19,10 @@
 // unpooling the whole batch first (Zen 5, batch 8, one thread, the whole backward pass of a fused
 // layer with its pool): conv1 1.8 and 1.6 times as fast (channels_last, contiguous), whose maps
 // are 37 MB, conv2 1.0 and 1.15, conv5 1.0.
-#include "convolution.h"
+// Narrow groups and contiguous images of few channels go ways of their own: grouped_gradient.h,
+// plane_gradient.h.
+#include "grouped_gradient.h"
+#include "plane_gradient.h"
 #include "unpool_rows.h"
 
 namespace zfcuda {
@@ -166,13 +169,50 @@ void unpool_images(const ConvShape& s, const Unpool<T>& unpool, std::int64_t fir
     });
 }
 
+template <typename T>
+bool gradient_by_groups(const ConvShape& s) {
+    return kWhole<T> && narrow_groups<T>(s.channels_last, s.groups, s.in_per_group(),
+                                         s.out_per_group(), s.taps());
+}
+
+// Where a position's channels lie a plane apart and are so few that copying their planes again for
+// every block of maps takes less time than packing them.
+template <typename T>
+bool gradient_by_planes(const ConvShape& s) {
+    return kWhole<T> && !s.channels_last &&
+           PlaneGradient<Sum<T>>(s).scratch() * std::int64_t(sizeof(Sum<T>)) <= 8 * kPlaneBytes;
+}
+
+// Whichever way the shape goes.
+template <typename T, typename Read, typename To>
+void any_gradient(const ConvShape& s, const T* image, const Read& signal, bool add, To* grad_weight,
+                  To* grad_bias, Sum<T>* scratch, const Exec& exec) {
+    if constexpr (kWhole<T>) {
+        if (gradient_by_groups<T>(s))
+            return run_grouped_gradient(s, image, signal, add, grad_weight, grad_bias, scratch,
+                                        exec);
+        if (gradient_by_planes<T>(s))
+            return PlaneGradient<T>(s).run(image, signal, add, grad_weight, grad_bias, scratch,
+                                           exec);
+    }
+    gradient(s, image, signal, add, grad_weight, grad_bias, scratch, exec);
+}
+
 }  // namespace
 
-std::int64_t conv2d_weight_gradient_workspace(const ConvShape&, Dtype dtype, const Exec& exec) {
+std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t bytes = 0;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        bytes = kLine + sizeof(Sum<T>) * kGradScratch<T> * max_threads(exec);
+        std::int64_t scratch = kGradScratch<T>, shared = 0;
+        if (gradient_by_groups<T>(s)) {
+            scratch = GroupedGradient<Sum<T>, Source<Gate::none, Sum<T>>>::scratch(s);
+        } else if (gradient_by_planes<T>(s)) {
+            const PlaneGradient<Sum<T>> plan(s);
+            scratch = plan.scratch();
+            shared = plan.offsets_room();
+        }
+        bytes = kLine + sizeof(Sum<T>) * (shared + scratch * max_threads(exec));
     });
     return bytes;
 }
@@ -183,8 +223,8 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         with_source<T>(gate, signal, forward, [&](const auto& source) {
-            gradient(s, image.as<const T>(), source, false, grad_weight.as<T>(), grad_bias.as<T>(),
-                     aligned<Sum<T>>(workspace), exec);
+            any_gradient(s, image.as<const T>(), source, false, grad_weight.as<T>(),
+                         grad_bias.as<T>(), aligned<Sum<T>>(workspace), exec);
         });
     });
 }
@@ -194,8 +234,8 @@ std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& s, const Poo
     std::int64_t values = 0;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        values = unpooled_images<T>(s) * s.maps().step_image();
-        if (!std::is_same_v<T, Sum<T>>) values += weights(s);
+        values = gemm::round_up(unpooled_images<T>(s) * s.maps().step_image(), kLine);
+        if (!kWhole<T>) values += gemm::round_up(weights(s), kLine);
         values *= sizeof(Sum<T>);
     });
     return values + conv2d_weight_gradient_workspace(s, dtype, exec);
@@ -213,22 +253,24 @@ void unpool_relu_weight_gradient(const ConvShape& s, const PoolShape& pool, Dtyp
                                signal.as<const T>(),
                                switches.as<const std::uint8_t>(),
                                forward.as<const T>()};
-        auto* const scratch = aligned<Sum<T>>(workspace);
-        auto* const maps = scratch + kGradScratch<T> * max_threads(exec);
         const std::int64_t images = unpooled_images<T>(s);
-        constexpr bool direct = std::is_same_v<T, Sum<T>>;
-        auto* const sums =
-            direct ? grad_weight.as<Sum<T>>() : maps + images * s.maps().step_image();
+        auto* const maps = aligned<Sum<T>>(workspace);
+        auto* scratch = maps + gemm::round_up(images * s.maps().step_image(), kLine);
+        auto* sums = grad_weight.as<Sum<T>>();
+        if (!kWhole<T>) {  // rounded when all of them are there
+            sums = scratch;
+            scratch += gemm::round_up(weights(s), kLine);
+        }
         ConvShape part = s;
         part.batch = images;
         for (std::int64_t first = 0; first < s.batch; first += part.batch) {
             part.batch = std::min(part.batch, s.batch - first);
             unpool_images(part, unpool, first, part.batch, maps, exec);
-            gradient(part, image.as<const T>() + first * s.image().step_image(),
-                     Source<Gate::none, Sum<T>>{maps, nullptr}, first > 0, sums,
-                     static_cast<Sum<T>*>(nullptr), scratch, exec);
+            any_gradient(part, image.as<const T>() + first * s.image().step_image(),
+                         Source<Gate::none, Sum<T>>{maps, nullptr}, first > 0, sums,
+                         static_cast<Sum<T>*>(nullptr), scratch, exec);
         }
-        for (std::int64_t i = 0; !direct && i < weights(s); ++i)
+        for (std::int64_t i = 0; !kWhole<T> && i < weights(s); ++i)
             grad_weight.as<T>()[i] = T(sums[i]);
     });
 }

@@ -125,11 +125,12 @@ constexpr std::int64_t pass_scratch(std::int64_t columns) {
            (gemm::kRowStride + gemm::padded_columns<T>(std::min(columns, kPassColumns<T>)));
 }
 
-// The packed weight: for each group, for each block of depth, the panels of columns, k-major.
+// The packed weight: for each group, for each block of depth, the panels of columns, k-major, cut
+// to a multiple of `step`.
 template <typename T>
-void pack_weight(const Pass<T>& pass, Sum<T>* packed, const Exec& exec) {
-    const std::int64_t depth = pass.depth(), panel = gemm::kColumns<T>;
-    const std::int64_t padded = gemm::padded_columns<T>(pass.columns);
+void pack_weight(const Pass<T>& pass, Sum<T>* packed, const Exec& exec,
+                 std::int64_t panel = gemm::kColumns<T>, std::int64_t step = gemm::kVector<T>) {
+    const std::int64_t depth = pass.depth(), padded = gemm::round_up(pass.columns, step);
     const std::int64_t panels = gemm::divide_up(padded, panel);
     const Axis &rows = pass.taps.rows, &columns = pass.taps.columns;
     parallel_for(pass.groups * panels, exec, [&](std::int64_t unit) {

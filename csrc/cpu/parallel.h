@@ -34,6 +34,10 @@ void parallel_for(std::int64_t count, const Exec& exec, Body&& body) {
     parallel_for_thread(count, exec, [&](std::int64_t i, int) { body(i); });
 }
 
+// Halves are summed as floats; some ways are for types that are their own sums.
+template <typename T>
+constexpr bool kWhole = std::is_same_v<T, Sum<T>>;
+
 // Workspaces are cut at cache lines.
 constexpr std::int64_t kLine = 64;
 template <typename T>

@@ -11,8 +11,9 @@
 // workspace of about kMapsBytes, once for all taps and phases, and multiplied from there: the maps,
 // four times as large as the signal after a pool of stride 2, are neither written to memory nor
 // read from it. Rows at the borders of a band are unpooled by both neighbours. The product and the
-// order of its sums are those of deconv2d.cpp, whose two ways it takes: by phases of the stride, or
-// for few image channels the product first, then additions (scatter.h), a few rows at a time.
+// order of its sums are those of deconv2d.cpp, but in narrow groups, and it takes the same two
+// ways: by phases of the stride, or for few image channels the product first, then additions
+// (scatter.h), a few rows at a time.
 //
 // Measured (ZFNet, batch 8, float32, Zen 4, AVX-512, one thread, processor time, medians, calls of
 // both in turn, ours into buffers of the caller), torch 2.13's unpooling (the backward pass of its

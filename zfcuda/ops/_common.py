@@ -67,11 +67,6 @@ def tensor(name: str, value: Any, optional: bool = False) -> Any:
     return value
 
 
-def is_image(value: Any) -> bool:
-    """Whether a tensor is one image, (channels, height, width), for which torch lets a batch of one stand."""
-    return isinstance(value, Tensor) and value.dim() == 3
-
-
 def option(name: str, value: str, choices: Sequence[str]) -> str:
     """``value`` itself if it is one of ``choices``, else ValueError."""
     if value not in choices:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -80,13 +80,45 @@ class Operator:
         torch.library.register_fake(self.name, fake, lib=_LIBRARY)
         return fake
 
-    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., Any] | None = None) -> None:
-        """As ``torch.library.register_autograd``, whose gradients torch.func refuses."""
+    def register_autograd(
+        self,
+        backward: Callable[..., Any],
+        setup_context: Callable[..., Any] | None = None,
+        tangent: Callable[..., Any] | None = None,
+    ) -> None:
+        """As ``torch.library.register_autograd``, whose gradients torch.func refuses, and with a forward mode.
+
+        ``backward`` gets None for a result that nothing depends on, unless there is no other. ``tangent(inputs,
+        results, tangents)`` gives the tangents of the results for those of the inputs; None is zero.
+        """
+
+        def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            if setup_context:
+                setup_context(ctx, inputs, output)
+            if tangent and forward_ad._current_level >= 0:
+                values, ctx.structure = pytree.tree_flatten((inputs, output))
+                ctx.save_for_forward(*(v if isinstance(v, Tensor) else None for v in values))
+                ctx.constants_of_tangent = [None if isinstance(v, Tensor) else v for v in values]
+
+        def pull_back(ctx: Any, *grads: Any) -> Any:
+            return (None,) * len(ctx.needs_input_grad) if all(g is None for g in grads) else backward(ctx, *grads)
+
+        def push_forward(ctx: Any, *tangents: Any) -> Any:
+            if tangent is None:
+                self._refuse_tangents()
+            # torch has switched tangents off, of this level as well as of those around it, which need them.
+            with forward_ad._set_fwd_grad_enabled(True):
+                primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+                values = [c if t is None else t for c, t in zip(ctx.constants_of_tangent, primals, strict=True)]
+                inputs, results = pytree.tree_unflatten(values, ctx.structure)
+                return pytree.tree_map(_or_zero, tangent(inputs, results, tangents), results)
+
         methods = {
             "forward": self.overload,
-            "setup_context": setup_context or _nothing,
-            "backward": backward,
-            "jvp": self._jvp,
+            "setup_context": prepare,
+            "backward": pull_back,
+            "jvp": push_forward,
             "vmap": functools.partial(self._vmap, self),
         }
         names = {name: staticmethod(method) for name, method in methods.items()}
@@ -95,10 +127,12 @@ class Operator:
     def _autograd(self, keyset: Any, *args: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
         # Below autograd tangents would be lost in silence, that is, zero.
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-            self._jvp()
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        dual = torch._C._is_fwd_grad_enabled() and forward_ad._current_level >= 0
+        dual = dual and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        if dual or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             if self._function is None:
+                if dual:
+                    self._refuse_tangents()
                 raise RuntimeError(
                     f"{self.name} has no gradient, but got a tensor that requires one; call it under torch.no_grad()"
                 )
@@ -114,7 +148,7 @@ class Operator:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self.overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    def _jvp(self, *_: Any) -> Any:
+    def _refuse_tangents(self) -> NoReturn:
         raise RuntimeError(
             f"{self.name} has no forward-mode derivative, but got a tensor with a tangent; go backwards: "
             "torch.func.vjp, torch.func.jacrev, torch.autograd.functional.jvp"
@@ -137,8 +171,9 @@ class Operator:
         return results, pytree.tree_map(lambda _: 0, results)
 
 
-def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
-    """The context of a gradient that is refused."""
+def _or_zero(tangent: Tensor | None, result: Tensor) -> Tensor | None:
+    """A tangent that torch takes: None is for integers alone."""
+    return torch.zeros_like(result) if tangent is None and result.is_floating_point() else tangent
 
 
 def operator(
@@ -175,7 +210,9 @@ GUARDS: list[Callable[[], Any]] = [
 ]
 
 
-def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], Function]:
+def entry(
+    *, casts: bool = False, repeats: bool = True, images: Sequence[str] = (), whole: str = ""
+) -> Callable[[Function], Function]:
     """Decorator of the function that users call, which checks types and calls an :class:`Operator`.
 
     It may be called with arrays in the place of all tensors. What it writes, ``out`` or, where its name ends in ``_``,
@@ -188,9 +225,15 @@ def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], 
     repeats
         Plain calls may be repeated from a memo: the values of tensors change nothing but through the kernels that run,
         and through :func:`zfcuda.core.find`.
+    images
+        Names of the tensors that may be one image, (channels, height, width), all of them at once: the call is then
+        that of a batch of one, results and ``out`` without the batch.
+    whole
+        Name of the argument that may be the shape of such an image.
     """
 
     def decorate(function: Function) -> Function:
+        names = [*inspect.signature(function).parameters]
         in_place = function.__name__.endswith("_")
         memo = core.memo(GUARDS) if repeats and not in_place else None
         recall = memo and memo.recall
@@ -208,13 +251,25 @@ def entry(*, casts: bool = False, repeats: bool = True) -> Callable[[Function], 
                 return handle_torch_function(call, arguments, *args, **kwargs)
             tensors = [a for a in arguments if isinstance(a, Tensor)]
             if not tensors:
-                return on_arrays(function, args, kwargs)
+                return on_arrays(batched, args, kwargs)
             device = tensors[0].device.type
             if casts and device in core.BACKENDS and torch.is_autocast_enabled(device):
                 to = functools.partial(_autocast, torch.get_autocast_dtype(device))
                 named = {name: value if name == "out" else to(value) for name, value in kwargs.items()}
-                return function(*map(to, args), **named)
-            return function(*args, **kwargs)
+                return batched(*map(to, args), **named)
+            return batched(*args, **kwargs)
+
+        @functools.wraps(function)
+        def batched(*args: Any, **kwargs: Any) -> Any:
+            given = [*zip(names, args, strict=False), *kwargs.items()]
+            those = [value for name, value in given if name in images and value is not None]
+            single = bool(those) and all(isinstance(v, Tensor) and v.dim() == 3 for v in those)
+            if not single or len(args) > len(names):
+                return function(*args, **kwargs)
+            to = functools.partial(_batch_of_one, images, whole)
+            results = call(*map(to, names, args), **{name: to(name, value) for name, value in kwargs.items()})
+            out = kwargs.get("out")
+            return pytree.tree_map(lambda r: r.squeeze(0), results) if out is None else out
 
         return cast(Function, call)
 
@@ -225,6 +280,15 @@ def _autocast(active: torch.dtype, value: Any) -> Any:
     """``value`` in the active dtype, if it is a floating tensor; float64 is left alone, as torch does."""
     converts = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
     return value.to(active) if converts else value
+
+
+def _batch_of_one(images: Sequence[str], whole: str, name: str, value: Any) -> Any:
+    """An argument of a call of one image as that of a batch."""
+    if name == "out" and isinstance(value, (tuple, list)):
+        return tuple(_batch_of_one(images, whole, name, v) for v in value)
+    if name in (*images, "out"):
+        return value.unsqueeze(0) if isinstance(value, Tensor) else value
+    return (1, *value) if name == whole and isinstance(value, (tuple, list)) and len(value) == 3 else value
 
 
 def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,15 +8,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcuda.ops._common import dense, empty, integer, is_image, memory_format, option, pair, tensor
+from zfcuda.ops._common import dense, empty, integer, memory_format, option, pair, tensor
 from zfcuda.ops._conv import Filters, check_bias, convolve
 from zfcuda.ops._register import entry, operator
-from zfcuda.ops.deconv2d import convolution_backward
+from zfcuda.ops.deconv2d import convolution_backward, convolution_tangent
 
 __all__ = ["conv2d_relu"]
 
 
-@entry(casts=True)
+@entry(casts=True, images=("input",))
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,
@@ -60,13 +60,10 @@ def conv2d_relu(
     Differentiable any number of times with respect to input, weight and bias; as in torch the rectifier's derivative is
     0 at 0 and passes at NaN.
     """
-    if is_image(input):
-        return conv2d_relu(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
-    if isinstance(padding, str):
-        input, padding = _mode(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
+    input, padding = padded(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
     return _conv2d_relu(
-        tensor("input", input),
-        tensor("weight", weight),
+        input,
+        weight,
         tensor("bias", bias, optional=True),
         pair("stride", stride),
         pair("padding", padding),
@@ -75,10 +72,16 @@ def conv2d_relu(
     )
 
 
-def _mode(
-    input: Tensor, weight: Tensor, stride: int | Sequence[int], padding: str, dilation: int | Sequence[int]
-) -> tuple[Tensor, Sequence[int]]:
+def padded(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+) -> tuple[Tensor, int | Sequence[int]]:
     """The input, padded where a mode asks for more on one side, as torch pads it: on the right; and what is left."""
+    if not isinstance(padding, str):
+        return input, padding
     option("padding", padding, ("valid", "same"))
     if padding == "valid" or input.dim() != 4 or weight.dim() != 4:  # a wrong rank is named later
         return input, [0, 0]
@@ -151,4 +154,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *gradients, None, None, None, None
 
 
-_conv2d_relu.register_autograd(_backward, _setup_context)
+def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+    image, weight, _, *filters = inputs
+    return convolution_tangent(image, weight, output.detach(), Filters(*filters), output.shape, tangents)
+
+
+_conv2d_relu.register_autograd(_backward, _setup_context, _tangent)

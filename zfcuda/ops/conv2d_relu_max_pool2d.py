@@ -14,19 +14,21 @@ from zfcuda.ops._conv import Filters
 from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
 from zfcuda.ops._register import entry, operator
-from zfcuda.ops.conv2d_relu import check
+from zfcuda.ops.conv2d_relu import check, padded
+from zfcuda.ops.deconv2d import convolution_tangent
+from zfcuda.ops.max_unpool2d import gather
 from zfcuda.ops.unpool_relu_deconv2d import deconvolve_unpooled, unpooled_weight_gradient
 
 __all__ = ["conv2d_relu_max_pool2d"]
 
 
-@entry(casts=True)
+@entry(casts=True, images=("input",))
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
+    padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
@@ -47,13 +49,13 @@ def conv2d_relu_max_pool2d(
     Parameters
     ----------
     input
-        (batch, in_channels, height, width), floating point, any strides.
+        (batch, in_channels, height, width), or one image without the batch; floating point, any strides.
     weight
         (out_channels, in_channels / groups, kernel_h, kernel_w).
     bias
         (out_channels,) or None.
     stride, padding, dilation, groups
-        Of the convolution, as in ``torch.nn.functional.conv2d``; padding is a number, not a mode.
+        Of the convolution, as in ``torch.nn.functional.conv2d``, with ``padding="valid"`` and ``"same"``.
     pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode
         Of the pool, as in ``torch.nn.functional.max_pool2d``; ``pool_stride=None`` is ``pool_kernel_size``. A window
         has at most 256 positions.
@@ -72,6 +74,8 @@ def conv2d_relu_max_pool2d(
     ------
     TypeError
         If an argument has the wrong Python type.
+    ValueError
+        If ``padding`` is a string, but neither of its two modes.
     RuntimeError
         If a tensor or a size is impossible, or ``out`` does not fit or meets a tensor that requires grad; the
         message names the argument and its value.
@@ -83,9 +87,10 @@ def conv2d_relu_max_pool2d(
     for one.
     """
     kernel = pair("pool_kernel_size", pool_kernel_size)
+    input, padding = padded(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
     arguments = (
-        tensor("input", input),
-        tensor("weight", weight),
+        input,
+        weight,
         tensor("bias", bias, optional=True),
         pair("stride", stride),
         pair("padding", padding),
@@ -256,4 +261,17 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[T
     return grad_input, grad_weight, grad_bias, *(None,) * 9
 
 
-_conv2d_relu_max_pool2d.register_autograd(_backward, _setup_context)
+def _tangent(
+    inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]
+) -> tuple[Tensor | None, None]:
+    image, weight, _, *rest, _ = inputs
+    output, switches = results
+    filters, window = Filters(*rest[:4]), rest[4:]
+    size = [*output.shape[:2], *filters.maps_size(image.shape[2:], weight.shape[2:])]
+    maps = convolution_tangent(image, weight, None, filters, size, tangents)
+    if maps is None:
+        return None, None
+    return gather(maps, switches, *window, False, False).masked_fill(output.detach() <= 0, 0), None
+
+
+_conv2d_relu_max_pool2d.register_autograd(_backward, _setup_context, _tangent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,6 @@ from zfcuda.ops._common import (
     dense,
     empty,
     integer,
-    is_image,
     memory_format,
     option,
     pair,
@@ -27,7 +26,7 @@ from zfcuda.ops._register import entry, operator
 __all__ = ["deconv2d"]
 
 
-@entry(casts=True)
+@entry(casts=True, images=("signal", "forward"))
 def deconv2d(
     signal: Tensor,
     weight: Tensor,
@@ -81,10 +80,6 @@ def deconv2d(
     Differentiable any number of times with respect to signal, weight and bias; ``forward`` only opens and closes, so it
     has no derivative.
     """
-    if is_image(signal) and (forward is None or is_image(forward)):
-        batch = signal.unsqueeze(0), None if forward is None else forward.unsqueeze(0)
-        slide = stride, padding, output_padding, groups, dilation
-        return deconv2d(batch[0], weight, bias, *slide, gate=gate, forward=batch[1]).squeeze(0)
     return deconvolve(
         tensor("signal", signal),
         tensor("weight", weight),
@@ -285,14 +280,16 @@ def _gated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _weight_gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    image, signal, forward, _, *filters, ctx.gate, ctx.with_bias = inputs
-    ctx.filters = Filters(*filters)
+    image, signal, forward, weight, *filters, ctx.gate, ctx.with_bias = inputs
+    ctx.filters, ctx.weight_size = Filters(*filters), weight.shape
     ctx.save_for_backward(image, signal, forward)
 
 
-def _weight_gradient_backward(ctx: Any, by_weight: Tensor, by_bias: Tensor) -> tuple[Tensor | None, ...]:
+def _weight_gradient_backward(ctx: Any, by_weight: Tensor | None, by_bias: Tensor | None) -> tuple[Tensor | None, ...]:
     image, signal, forward = ctx.saved_tensors
     grad_image = grad_signal = None
+    if by_weight is None:
+        by_weight = signal.new_zeros(ctx.weight_size)
     if ctx.needs_input_grad[0]:
         grad_image = _to_image(signal, by_weight, image.shape[2:], ctx.filters, ctx.gate, forward)
     if ctx.needs_input_grad[1]:
@@ -302,6 +299,82 @@ def _weight_gradient_backward(ctx: Any, by_weight: Tensor, by_bias: Tensor) -> t
     return grad_image, grad_signal, *(None,) * 8
 
 
-deconvolve.register_autograd(_deconv_backward, _deconv_setup_context)
-conv2d_gated.register_autograd(_gated_backward, _gated_setup_context)
-conv2d_weight_gradient.register_autograd(_weight_gradient_backward, _weight_gradient_setup_context)
+def linear_tangent(
+    by_image: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    by_weight: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    tensors: tuple[Tensor, Tensor],
+    tangents: Sequence[Tensor | None],
+    size: Sequence[int],
+) -> Tensor | None:
+    """The sum of what the tangents of image (or signal), weight and bias add to a result of this size.
+
+    ``by_image`` and ``by_weight`` are the operator for the tangent of one and the other tensor itself, and a bias.
+    """
+    (image, weight), (image_tangent, weight_tangent, bias) = tensors, tangents
+    parts = []
+    if image_tangent is not None:
+        parts.append(by_image(image_tangent, weight, bias))
+    if weight_tangent is not None:
+        parts.append(by_weight(image, weight_tangent, None if parts else bias))
+    if not parts and bias is not None:
+        parts.append(bias.new_zeros(size) + bias[:, None, None])
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def convolution_tangent(
+    image: Tensor,
+    weight: Tensor,
+    forward: Tensor | None,
+    filters: Filters,
+    size: Sequence[int],
+    tangents: Sequence[Tensor | None],
+) -> Tensor | None:
+    """The tangent of the maps of this size, a convolution that is zero where ``forward <= 0``."""
+
+    def convolution(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return conv2d_gated(image, weight, bias, forward, *filters, size[2:])
+
+    result = linear_tangent(convolution, convolution, (image, weight), tangents[:3], size)
+    if result is None or forward is None or any(t is not None for t in tangents[:2]):
+        return result
+    return result.masked_fill(forward <= 0, 0)
+
+
+def _deconv_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+    signal, weight, _, *slide, gate, forward = inputs
+    opened = _opened(gate, *_detached(signal, forward))
+
+    def by_signal(tangent: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return deconvolve(tangent, weight, bias, *slide, "none" if opened is None else "backprop", opened)
+
+    def by_weight(signal: Tensor, tangent: Tensor, bias: Tensor | None) -> Tensor:
+        return deconvolve(signal, tangent, bias, *slide, gate, forward)
+
+    return linear_tangent(by_signal, by_weight, (signal, weight), tangents[:3], output.shape)
+
+
+def _gated_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+    image, weight, _, forward, *filters, _ = inputs
+    return convolution_tangent(image, weight, forward, Filters(*filters), output.shape, tangents)
+
+
+def _weight_gradient_tangent(
+    inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    image, signal, forward, weight, *filters, gate, with_bias = inputs
+    by_weight = by_bias = None
+    if tangents[1] is not None:
+        opened = _opened(gate, *_detached(signal, forward))
+        passes = "none" if opened is None else "backprop"
+        by_weight, by_bias = conv2d_weight_gradient(image, tangents[1], opened, weight, *filters, passes, with_bias)
+    if tangents[0] is not None:
+        more, _ = conv2d_weight_gradient(tangents[0], signal, forward, weight, *filters, gate, False)
+        by_weight = more if by_weight is None else by_weight + more
+    return by_weight, by_bias if with_bias else None
+
+
+deconvolve.register_autograd(_deconv_backward, _deconv_setup_context, _deconv_tangent)
+conv2d_gated.register_autograd(_gated_backward, _gated_setup_context, _gated_tangent)
+conv2d_weight_gradient.register_autograd(
+    _weight_gradient_backward, _weight_gradient_setup_context, _weight_gradient_tangent
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +122,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _gradient(input, grad, *ctx.constants), None, None, None, None
 
 
+def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
+    """Of torch's operators, as the second derivative is."""
+    input, *constants = inputs
+    return _pushed_forward(lambda x: F.local_response_norm(x, *constants), (input,), tangents[:1])
+
+
 def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, grad, *ctx.constants = inputs
     ctx.save_for_backward(input, grad)
@@ -127,17 +135,30 @@ def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _gradient_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     """Of torch's operators, in float32 at least: the first gradient as they compute it, differentiated again."""
-
-    def gradient(input: Tensor, grad: Tensor) -> Tensor:
-        pull_back = torch.func.vjp(lambda x: F.local_response_norm(x, *ctx.constants), input)[1]
-        return pull_back(grad)[0]
-
     saved = ctx.saved_tensors
     wide = torch.promote_types(cotangent.dtype, torch.float32)
-    pull_back = torch.func.vjp(gradient, *(t.to(wide) for t in saved))[1]
+    pull_back = torch.func.vjp(functools.partial(_torchs_gradient, ctx.constants), *(t.to(wide) for t in saved))[1]
     results = pull_back(cotangent.to(wide))
     return *(r.to(t.dtype) for r, t in zip(results, saved, strict=True)), None, None, None, None
 
 
-_local_response_norm.register_autograd(_backward, _setup_context)
-_gradient.register_autograd(_gradient_backward, _gradient_setup_context)
+def _gradient_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
+    input, grad, *constants = inputs
+    given = tuple(torch.zeros_like(t) if d is None else d for t, d in zip((input, grad), tangents[:2], strict=True))
+    return _pushed_forward(functools.partial(_torchs_gradient, constants), (input, grad), given)
+
+
+def _pushed_forward(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Tensor:
+    """The tangent of the result: the transpose of the transpose, as torch's forward mode does not nest."""
+    pulled = torch.func.vjp(function, *tensors)
+    return cast(Tensor, torch.func.vjp(pulled[1], torch.zeros_like(pulled[0]))[1](tangents)[0])
+
+
+def _torchs_gradient(constants: Sequence[Any], input: Tensor, grad: Tensor) -> Tensor:
+    return torch.func.vjp(lambda x: F.local_response_norm(x, *constants), input)[1](grad)[0]
+
+
+_local_response_norm.register_autograd(_backward, _setup_context, _tangent)
+_gradient.register_autograd(_gradient_backward, _gradient_setup_context, _gradient_tangent)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zfcuda.ops._common import dense, empty, flag, is_image, memory_format, pair, tensor
+from zfcuda.ops._common import dense, empty, flag, memory_format, pair, tensor
 from zfcuda.ops._pool import Window, pool
 from zfcuda.ops._register import entry, operator
-from zfcuda.ops.max_unpool2d import unpool
+from zfcuda.ops.max_unpool2d import gather, unpool
 
 __all__ = ["max_pool2d"]
 
 
-@entry()
+@entry(images=("input",))
 def max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int],
@@ -55,9 +55,6 @@ def max_pool2d(
     -----
     Differentiable any number of times with respect to ``input``; only the switches are kept for it.
     """
-    if is_image(input):
-        output, switches = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode)
-        return output.squeeze(0), switches.squeeze(0)
     kernel = pair("kernel_size", kernel_size)
     return _max_pool2d(
         tensor("input", input),
@@ -106,16 +103,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     input, *ctx.window, _ = inputs
     ctx.input_size = input.shape[2:]
     ctx.save_for_backward(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_output is None:
-        return (None,) * 6
+def _backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
     (switches,) = ctx.saved_tensors
     # The switches come from the pool itself, so nobody needs to check them.
     grad = unpool(dense(grad_output, memory_format(switches)), switches, *ctx.window, ctx.input_size, False, False)
     return grad, None, None, None, None, None
 
 
-_max_pool2d.register_autograd(_backward, _setup_context)
+def _tangent(inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]) -> tuple[Tensor, None]:
+    _, *window, _ = inputs
+    return gather(tangents[0], results[1], *window, False, False), None
+
+
+_max_pool2d.register_autograd(_backward, _setup_context, _tangent)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import check_tensor, dense, empty, integers, is_image, memory_format, option, pair, tensor
+from zfcuda.ops._common import check_tensor, dense, empty, integers, memory_format, option, pair, tensor
 from zfcuda.ops._pool import Window, check_switches
 from zfcuda.ops._register import entry, operator
 
@@ -17,7 +17,7 @@ __all__ = ["max_unpool2d"]
 OVERLAPS = ("sum", "overwrite")
 
 
-@entry()
+@entry(images=("input", "switches"), whole="output_size")
 def max_unpool2d(
     input: Tensor,
     switches: Tensor,
@@ -67,10 +67,6 @@ def max_unpool2d(
     Differentiable any number of times with respect to ``input``. The check of the switches' values reads one
     number back, which on CUDA waits for the device; while a CUDA graph is being captured it is left out.
     """
-    if is_image(input) and is_image(switches):
-        size = None if output_size is None else integers("output_size", output_size)[-2:]
-        window = kernel_size, stride, padding, dilation
-        return max_unpool2d(input.unsqueeze(0), switches.unsqueeze(0), *window, size, overlap).squeeze(0)
     kernel = pair("kernel_size", kernel_size)
     return unpool(
         tensor("input", input),
@@ -79,10 +75,25 @@ def max_unpool2d(
         kernel if stride is None else pair("stride", stride),
         pair("padding", padding),
         pair("dilation", dilation),
-        None if output_size is None else integers("output_size", output_size),
+        plane("output_size", output_size, tensor("input", input)),
         option("overlap", overlap, OVERLAPS) == "overwrite",
         True,
     )
+
+
+def plane(name: str, size: Sequence[int] | None, pooled: Tensor) -> list[int] | None:
+    """Height and width of what was pooled, from its ``size``, the argument called ``name``, which may be whole."""
+    if size is None:
+        return None
+    size = integers(name, size)
+    if len(size) == 2 or pooled.dim() != 4:  # a wrong rank is named later
+        return size[-2:]
+    if len(size) != 4 or size[:2] != list(pooled.shape[:2]):
+        raise RuntimeError(
+            f"{name} is {tuple(size)}; it must be a (height, width) or a whole shape, which begins with the "
+            f"{tuple(pooled.shape[:2])} of the pooled tensor"
+        )
+    return size[2:]
 
 
 def unpooled_shape(
@@ -101,14 +112,12 @@ def unpooled_shape(
     window.check(prefix)
     check_switches(switches, input, input.shape, f"the shape of {name}")
     default = [*input.shape[:2], *window.unpooled_size(input.shape[2:])]
-    size = default if output_size is None else [*input.shape[:2], *output_size[-2:]]
-    valid = output_size is None or len(output_size) == 2 or (len(output_size) == 4 and list(output_size) == size)
-    if not valid or min(size[2:]) < 1 or not _could_be_pooled(window, size[2:], list(input.shape[2:])):
+    size = default if output_size is None else [*input.shape[:2], *output_size]
+    if min(size[2:]) < 1 or not _could_be_pooled(window, size[2:], list(input.shape[2:])):
         arguments = ", ".join(f"{prefix}{key}={tuple(value)}" for key, value in window._asdict().items())
         raise RuntimeError(
-            f"{prefix}output_size is {tuple(size if output_size is None else output_size)}; it must be a (height, "
-            f"width) or the whole shape of a tensor whose pool with {arguments} has the shape {tuple(input.shape)} of "
-            f"{name}, such as {tuple(default)}"
+            f"{prefix}output_size is {tuple(size[2:])}; it must be the height and width of a tensor whose pool with "
+            f"{arguments} has the shape {tuple(input.shape)} of {name}, such as {tuple(default[2:])}"
         )
     return size
 
@@ -267,5 +276,15 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 7
 
 
-unpool.register_autograd(_unpool_backward, _unpool_setup_context)
-gather.register_autograd(_gather_backward, _gather_setup_context)
+def _unpool_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
+    _, switches, *window, _, overwrite, _ = inputs
+    return unpool(tangents[0], switches, *window, output.shape[2:], overwrite, False)
+
+
+def _gather_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
+    _, switches, *window, overwrite, _ = inputs
+    return gather(tangents[0], switches, *window, overwrite, False)
+
+
+unpool.register_autograd(_unpool_backward, _unpool_setup_context, _unpool_tangent)
+gather.register_autograd(_gather_backward, _gather_setup_context, _gather_tangent)

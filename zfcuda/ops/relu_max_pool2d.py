@@ -12,12 +12,12 @@ from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradi
 from zfcuda.ops._pool import Window, pool
 from zfcuda.ops._register import entry, operator
 from zfcuda.ops.max_pool2d import allocate
-from zfcuda.ops.max_unpool2d import unpool
+from zfcuda.ops.max_unpool2d import gather, unpool
 
 __all__ = ["relu_max_pool2d"]
 
 
-@entry()
+@entry(images=("input",))
 def relu_max_pool2d(
     input: Tensor,
     kernel_size: int | Sequence[int],
@@ -37,7 +37,7 @@ def relu_max_pool2d(
     Parameters
     ----------
     input
-        (batch, channels, height, width), floating point, any strides.
+        (batch, channels, height, width), or one image without the batch; floating point, any strides.
     kernel_size, stride, padding, dilation, ceil_mode
         As in ``torch.nn.functional.max_pool2d``; ``stride=None`` is ``kernel_size``. A window has at most 256
         positions.
@@ -147,16 +147,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     input, *ctx.window, _ = inputs
     ctx.input_size = input.shape[2:]
     ctx.save_for_backward(*output)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_output is None:
-        return (None,) * 6
+def _backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
     output, switches = ctx.saved_tensors
     passed = dense(grad_output.masked_fill(output.detach() <= 0, 0), memory_format(switches))
     # The switches come from the pool itself, so nobody needs to check them.
     return unpool(passed, switches, *ctx.window, ctx.input_size, False, False), *(None,) * 5
 
 
-_relu_max_pool2d.register_autograd(_backward, _setup_context)
+def _tangent(inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]) -> tuple[Tensor, None]:
+    _, *window, _ = inputs
+    output, switches = results
+    return gather(tangents[0], switches, *window, False, False).masked_fill(output.detach() <= 0, 0), None
+
+
+_relu_max_pool2d.register_autograd(_backward, _setup_context, _tangent)

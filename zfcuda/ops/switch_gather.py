@@ -15,7 +15,7 @@ from zfcuda.ops.max_unpool2d import check_gathered, gather, run_gather
 __all__ = ["switch_gather"]
 
 
-@entry()
+@entry(images=("input", "switches"))
 def switch_gather(
     input: Tensor,
     switches: Tensor,
@@ -37,7 +37,7 @@ def switch_gather(
     Parameters
     ----------
     input
-        (batch, channels, height, width), floating point, any strides.
+        (batch, channels, height, width), or one image without the batch; floating point, any strides.
     switches
         uint8, as :func:`max_pool2d` gives them for an input of this shape.
     kernel_size, stride, padding, dilation

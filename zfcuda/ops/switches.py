@@ -14,7 +14,7 @@ from zfcuda.ops._register import entry
 __all__ = ["indices_to_switches", "switches_to_indices"]
 
 
-@entry(repeats=False)
+@entry(repeats=False, images=("switches",))
 def switches_to_indices(
     switches: Tensor,
     input_size: Sequence[int],
@@ -28,7 +28,7 @@ def switches_to_indices(
     Parameters
     ----------
     switches
-        uint8 (batch, channels, height, width) as :func:`max_pool2d` gives them.
+        uint8 (batch, channels, height, width), or without the batch, as :func:`max_pool2d` gives them.
     input_size
         Height and width of what was pooled, or its whole shape.
     kernel_size, stride, padding, dilation
@@ -53,7 +53,7 @@ def switches_to_indices(
     return y * size[1] + x
 
 
-@entry(repeats=False)
+@entry(repeats=False, images=("indices",))
 def indices_to_switches(
     indices: Tensor,
     input_size: Sequence[int],

@@ -13,23 +13,22 @@ from zfcuda.ops._common import (
     dense,
     empty,
     integer,
-    integers,
     memory_format,
     option,
     pair,
     tensor,
 )
-from zfcuda.ops._conv import Filters, conv2d_gated, like_weight
+from zfcuda.ops._conv import Filters, conv2d_gated, conv2d_weight_gradient, like_weight
 from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
 from zfcuda.ops._pool import Window
 from zfcuda.ops._register import entry, operator
-from zfcuda.ops.deconv2d import check_forward, deconvolved_size
-from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, unpool, unpooled_shape
+from zfcuda.ops.deconv2d import check_forward, deconvolve, deconvolved_size, linear_tangent
+from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, plane, unpool, unpooled_shape
 
 __all__ = ["unpool_relu_deconv2d"]
 
 
-@entry(casts=True)
+@entry(casts=True, images=("signal", "switches", "forward"), whole="pool_output_size")
 def unpool_relu_deconv2d(
     signal: Tensor,
     switches: Tensor,
@@ -59,7 +58,8 @@ def unpool_relu_deconv2d(
     Parameters
     ----------
     signal
-        Pooled values (batch, in_channels, height, width), floating point, any strides: what came down so far.
+        Pooled values (batch, in_channels, height, width), or of one image without the batch; floating point, any
+        strides: what came down so far.
     switches
         As the pool gave them on the way up: uint8, of the signal's shape.
     weight
@@ -125,7 +125,7 @@ def unpool_relu_deconv2d(
         kernel if pool_stride is None else pair("pool_stride", pool_stride),
         pair("pool_padding", pool_padding),
         pair("pool_dilation", pool_dilation),
-        None if pool_output_size is None else integers("pool_output_size", pool_output_size),
+        plane("pool_output_size", pool_output_size, tensor("signal", signal)),
         option("overlap", overlap, OVERLAPS) == "overwrite",
         option("gate", gate, tuple(core.GATES)),
         tensor("forward", forward, optional=True),
@@ -310,7 +310,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, switches, weight, forward)
     ctx.layout = memory_format(output)
-    ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size[-2:]
+    ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -351,15 +351,43 @@ def _to_signal(
     opened = None
     if gate in ("deconvnet", "guided"):
         assert signal is not None
-        masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
-        masked = dense(masked, memory_format(image))
-        opened = unpool(masked, switches, *window, maps_size, overwrite, False).detach()
+        opened = _maps(signal, switches, forward, window, maps_size, overwrite).detach()
     maps = conv2d_gated(image, weight, None, opened, stride, padding, dilation, groups, maps_size)
     pooled = gather(maps, switches, *window, overwrite, False)
     return pooled if forward is None else dense(pooled.masked_fill(forward <= 0, 0), memory_format(image))
 
 
-unpool_deconvolve.register_autograd(_backward, _setup_context)
+def _maps(
+    signal: Tensor,
+    switches: Tensor,
+    forward: Tensor | None,
+    window: Window,
+    size: Sequence[int] | None,
+    overwrite: bool,
+) -> Tensor:
+    """The unpooled signal, masked but not rectified."""
+    masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
+    return unpool(masked, switches, *window, size, overwrite, False)
+
+
+def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+    signal, switches, _, _, *step, overwrite, gate, forward, _ = inputs
+    slide, window, size = step[:5], Window(*step[5:9]), step[9]
+    rectifies = gate in ("deconvnet", "guided")
+
+    def by_signal(tangent: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        opened = _maps(signal, switches, forward, window, size, overwrite).detach() if rectifies else None
+        maps = _maps(tangent, switches, forward, window, size, overwrite)
+        return deconvolve(maps, weight, bias, *slide, "backprop" if rectifies else "none", opened)
+
+    def by_weight(signal: Tensor, tangent: Tensor, bias: Tensor | None) -> Tensor:
+        return unpool_deconvolve(signal, switches, tangent, bias, *step, overwrite, gate, forward, False)
+
+    tensors, those = (signal, inputs[2]), (tangents[0], *tangents[2:4])
+    return linear_tangent(by_signal, by_weight, tensors, those, output.shape)
+
+
+unpool_deconvolve.register_autograd(_backward, _setup_context, _tangent)
 
 
 @operator("unpool_relu_weight_gradient")
@@ -436,7 +464,22 @@ def _gradient_backward(ctx: Any, by_weight: Tensor) -> tuple[Tensor | None, ...]
     return grad_image, grad_signal, *(None,) * 14
 
 
-unpooled_weight_gradient.register_autograd(_gradient_backward, _gradient_setup_context)
+def _gradient_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+    image, signal, switches, forward, weight, *slides = inputs
+    filters, window, (maps_size, overwrite, gate) = slides[:4], Window(*slides[4:8]), slides[8:]
+    rectifies = gate in ("deconvnet", "guided")
+    parts = []
+    if tangents[0] is not None:
+        parts.append(unpooled_weight_gradient(tangents[0], signal, switches, forward, weight, *slides))
+    if tangents[1] is not None:
+        opened = _maps(signal, switches, forward, window, maps_size, overwrite).detach() if rectifies else None
+        maps = _maps(tangents[1], switches, forward, window, maps_size, overwrite)
+        passes = "backprop" if rectifies else "none"
+        parts.append(conv2d_weight_gradient(image, maps, opened, weight, *filters, passes, False)[0])
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+unpooled_weight_gradient.register_autograd(_gradient_backward, _gradient_setup_context, _gradient_tangent)
 
 
 def deconvolve_unpooled(

@@ -26,7 +26,8 @@ def optimize(model: Model) -> Model:
 
     - a ``Conv2d`` with the ReLU behind it, and with the ``MaxPool2d`` behind that, becomes one call of
       :func:`zfcuda.ops.conv2d_relu` or :func:`zfcuda.ops.conv2d_relu_max_pool2d`, where nothing else sees what is
-      between them, and however ReLU and pool are written: as modules, functions or methods, in place or not;
+      between them, and however ReLU and pool are written: as modules, functions or methods, in place or not; with
+      groups of 2 to 8 channels, too, but not of others, which torch convolves faster;
     - local response normalisation becomes :func:`zfcuda.ops.local_response_norm`;
     - other max-pools become :func:`zfcuda.nn.fastest_max_pool2d`, which is ours where it is the faster one.
 
