@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
 // The same on the tensor cores, in NHWC. Eight lanes write four packs of two rows at once: where a
 // row fills the banks, the two differ in the half of the banks that they write.
 template <typename Factors, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool,
                                       TensorSource<typename Factors::T> source,
                                       const typename Factors::T* packed,
