@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
 // four packs of two rows at once: where a row fills the banks, the two differ in the half of the
 // banks that they write.
 template <typename Factors, typename Tile, typename Source>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Source source,
                                       const typename Factors::T* packed,
                                       const typename Factors::T* bias, typename Factors::T* output,

@@ -29,14 +29,14 @@
 //   256 x 16     4 x 4      8                   groups with few result channels
 //   64 x 64      4 x 4      4                   float64
 //
-// Static (sm_80): at most 128 registers a thread in float32, so that two blocks live on an SM, and
-// at most 40 KiB of shared memory. Of 128 x 128 a chunk issues about 590 instructions, 512 of them
-// FFMA (87 %); entering another tap, once in C / 8 chunks, about 75 more. 128 x 64: FFMA are 41 %
-// of the main loop's code in NCHW, whose every load has a tap of its own, and 67 % by four
-// channels.
-// Tried: a depth of 16 for 128 x 128 (89 % FFMA, but it spills on sm_120); the swizzle of tile.cuh
-// instead of padding (it spills). The transposed product keeps 128 x 64: its sources, which are
-// gated or gathered, need more registers than are left.
+// Static: at most 128 registers a thread in float32, so that two blocks live on an SM, and at most
+// 40 KiB of shared memory; 128 x 128 takes 168 registers and the SM for itself. Of 128 x 128 a
+// chunk issues about 1170 instructions, 1024 of them FFMA (88 %); entering another tap, once in
+// C / 16 chunks, about 100 more. 128 x 64: FFMA are 41 % of the main loop's code in NCHW, whose
+// every load has a tap of its own, and 67 % by four channels.
+// Tried: 128 x 128 for two blocks an SM, 8 deep (87 % FFMA, but it spills on sm_100 and 120) and 16
+// deep (89 %, but it spills on sm_120). The transposed product keeps 128 x 64: its sources, which
+// are gated or gathered, need registers of their own.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -48,7 +48,7 @@ namespace zfcuda {
 
 template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector,
           typename Source>
-__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
+__global__ void __launch_bounds__(kTileThreads, Tile::kResident)
     tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
                     T* result) {
     using V = Sum<T>;
@@ -159,7 +159,7 @@ void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, 
 template <typename Variant, bool kTransposed, typename Source>
 void launch_tap_gemm(const TapPlan& p, const Source& source, Address packed, Address bias,
                      Address forward, Address result, const Exec& exec) {
-    using Square = Tile<float, 128, 128, 8, 8>;
+    using Square = Tile<float, 128, 128, 8>;
     if constexpr (!kTransposed && std::is_same_v<typename Variant::T, float> &&
                   Variant::kVector == 4 && Variant::Tile::kN == 64)
         if (fills_gpu(p, Square::kM, Square::kN))

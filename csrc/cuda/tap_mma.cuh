@@ -28,7 +28,7 @@
 // Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
 // a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.
 // Three stages of 16 KiB leave room for two blocks on an SM of any architecture from sm_80 on (100
-// KiB on sm_86, 89 and 120); four would leave one. Static (sm_80, tf32 and halves, 128 x 128): 234
+// KiB on sm_86, 89 and 120); four would leave one. Static (tf32 and halves, 128 x 128): at most 247
 // registers; a chunk issues 149 instructions of a warp, 64 of them products, 16 ldmatrix and 8
 // cp.async of 16 bytes, and no conversion; entering another tap, once in C / 16 (halves C / 32)
 // chunks, issues about 70 more. The epilogue writes 16 bytes a thread straight from registers,
@@ -221,7 +221,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 }
 
 template <typename Factors, typename Tile, bool kTransposed, typename Source>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     tap_mma_kernel(TapPlan p, Source source, const typename Factors::T* packed,
                    const typename Factors::T* bias, const typename Factors::T* forward,
                    typename Factors::T* result) {
