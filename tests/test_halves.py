@@ -35,7 +35,7 @@ def test_moved_numbers_keep_their_bits(backend, dtype, layout):
 
 @DTYPES
 def test_sums_are_rounded_as_torch_rounds_floats(backend, dtype):
-    """To nearest, ties to even, from underflow to overflow: pairs of every size, and neighbours, whose sums are ties."""
+    """To nearest, ties to even, from underflow to overflow: pairs of every size, and neighbours, whose sums tie."""
     first, second = every_half(dtype, 0), every_half(dtype, 1)
     neighbours = every_half(dtype).roll(1, 3) / 2
     for a, b in ((first, second), (every_half(dtype), neighbours), (first, -first)):
