@@ -10,9 +10,9 @@ import hypothesis
 import pytest
 import torch
 
+import zfcuda
 from simt import build
 from simt.backend import Emulator
-import zfcuda
 from zfcuda import core
 from zfcuda.ops import _register
 

@@ -48,8 +48,8 @@ def rounded(values: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- values
 
-#: weight, its groups, the rest: few channels; sums off every tile; strides, dilation, groups, phases; filters as large as
-#: the image; 1 x 1; no images; channels that the tensor cores do not serve.
+#: image, weight, the rest: few channels; sums off every tile; strides, dilation, groups; filters as large as the image;
+#: 1 x 1; no images; channels that the tensor cores do not serve.
 CASES = [
     ((2, 4, 9, 8), (4, 4, 3, 3), {"stride": 2, "padding": 1}),
     ((1, 12, 7, 6), (20, 12, 3, 2), {"padding": (2, 0), "dilation": (2, 3)}),

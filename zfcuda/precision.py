@@ -10,7 +10,7 @@ from zfcuda.ops._common import option
 __all__ = ["set_fp32_precision"]
 
 
-class set_fp32_precision:  # noqa: N801  (a function to call, like torch.set_grad_enabled)
+class set_fp32_precision:
     """Set the numeric mode of float32 convolutions on CUDA; as a context manager, until its end.
 
     ===========  ==============================================================================================

@@ -9,9 +9,10 @@
 //            |     |  <----  +---------+ pixels, the rows   operands are free by then
 //            +-----+         +---------+ of the product
 //
-// The product is tap_product.cuh's, with the pixels of the box as its rows, so that the sums are
-// those of conv2d_relu.cu; then the maps go to shared memory, as many channels at a time as fit
-// where the left operand lay, and each thread looks through windows of them. Boxes overlap by what
+// The product is that of tap_gemm.cuh or, on the tensor cores, of tap_mma.cuh, with the pixels of
+// the box as its rows, so that the sums are those of conv2d_relu.cu; then the maps go to shared
+// memory where the operands lay (by FMA as many channels at a time as fit where the left one did),
+// and each thread looks through windows of them. Boxes overlap by what
 // windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11 pixels, of which they
 // own 10 x 10: 1.21 times the work of the convolution alone, for maps that are never in memory.
 // The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
@@ -85,10 +86,10 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     }
 }
 
-// The same on the tensor cores, in NHWC. Two rows of a quarter of a warp differ in their last bit,
-// and in the half of the banks that they write.
+// The same on the tensor cores, in NHWC. Eight lanes write four packs of two rows at once: where a
+// row fills the banks, the two differ in the half of the banks that they write.
 template <typename Factors, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool,
                                       TensorSource<typename Factors::T> source,
                                       const typename Factors::T* packed,

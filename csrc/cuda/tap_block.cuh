@@ -46,21 +46,25 @@ struct TapBlock {
     std::int64_t first_pixel, pixel_count;
 
     struct Place {
-        std::int64_t n, y, x;
+        std::int64_t n;
+        int y, x;
         bool inside;
     };
 
     __device__ Place place(int row) const {
-        const std::int64_t pixel = first_pixel + row, line = pixel / columns.pixels;
-        return {line / rows.pixels, line % rows.pixels, pixel % columns.pixels,
-                pixel < pixel_count};
+        const std::int64_t line = first_pixel / columns.pixels;
+        const int x = static_cast<int>(first_pixel - line * columns.pixels) + row;
+        const std::int64_t n = line / rows.pixels;
+        const int y = static_cast<int>(line - n * rows.pixels) + x / columns.pixels;
+        return {n + y / rows.pixels, y % rows.pixels, x % columns.pixels,
+                first_pixel + row < pixel_count};
     }
     __device__ TapPixel pixel(const TapPlan& p, int row) const {
         const Place at = place(row);
-        const std::int64_t y = at.y * p.y.pixel_step + rows.offset;
-        const std::int64_t x = at.x * p.x.pixel_step + columns.offset;
+        const int y = at.y * p.y.pixel_step + rows.offset;
+        const int x = at.x * p.x.pixel_step + columns.offset;
         return {p.steps.offset(at.n, std::int64_t(group) * p.channels, y, x),
-                at.inside ? static_cast<int>(y) : kOutside, static_cast<int>(x)};
+                at.inside ? y : kOutside, x};
     }
     // Where column 0 of a row goes, or -1.
     __device__ std::int64_t target(const TapPlan& p, int row) const {

@@ -19,13 +19,24 @@
 //
 // Work: 2 * batch * pixels * taps * in_channels * out_channels / groups operations. A block reads
 // its source tile once for each column tile, the taps' overlap coming from L1, and writes each
-// result once. 128 x 64 results with 8 x 4 a thread do 32 FMA for three 16-byte shared loads;
-// 256 x 16 serves groups with few result channels (the way down to the three colours). The main
-// loop is tap_product.cuh. The weights are packed first (a transposition of at most megabytes) so
-// that every block reads them as 16-byte packs.
-// Static: at most 128 registers a thread in float32 (two blocks an SM) on every architecture, 27
-// KiB of shared memory, 40 KiB in the narrow tile; FFMA are 51 % of the main loop in NCHW, 58 % in
-// NHWC and 64 % by four channels (128 x 64, sm_90).
+// result once. The main loop is tap_product.cuh, by FMA: float64, and float32 and halves where the
+// tensor cores (tap_mma.cuh) do not serve. The weights are packed first (a transposition of at most
+// megabytes) so that every block reads them as 16-byte packs.
+//
+//   results      a thread   FMA a shared load   for
+//   128 x 128    8 x 8      16                  float32, NHWC by four channels, many pixels
+//   128 x 64     8 x 4      10.7                the others
+//   256 x 16     4 x 4      8                   groups with few result channels
+//   64 x 64      4 x 4      4                   float64
+//
+// Static: at most 128 registers a thread in float32, so that two blocks live on an SM, and at most
+// 40 KiB of shared memory; 128 x 128 takes 168 registers and the SM for itself. Of 128 x 128 a
+// chunk issues about 1170 instructions, 1024 of them FFMA (88 %); entering another tap, once in
+// C / 16 chunks, about 100 more. 128 x 64: FFMA are 41 % of the main loop's code in NCHW, whose
+// every load has a tap of its own, and 67 % by four channels.
+// Tried: 128 x 128 for two blocks an SM, 8 deep (87 % FFMA, but it spills on sm_100 and 120) and 16
+// deep (89 %, but it spills on sm_120). The transposed product keeps 128 x 64: its sources, which
+// are gated or gathered, need registers of their own.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -37,7 +48,7 @@ namespace zfcuda {
 
 template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector,
           typename Source>
-__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
+__global__ void __launch_bounds__(kTileThreads, Tile::kResident)
     tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
                     T* result) {
     using V = Sum<T>;
@@ -148,9 +159,9 @@ void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, 
 template <typename Variant, bool kTransposed, typename Source>
 void launch_tap_gemm(const TapPlan& p, const Source& source, Address packed, Address bias,
                      Address forward, Address result, const Exec& exec) {
-    using Square = Tile<float, 128, 128, 8, 8>;
-    if constexpr (std::is_same_v<typename Variant::T, float> && Variant::kVector == 4 &&
-                  Variant::Tile::kN == 64)
+    using Square = Tile<float, 128, 128, 8>;
+    if constexpr (!kTransposed && std::is_same_v<typename Variant::T, float> &&
+                  Variant::kVector == 4 && Variant::Tile::kN == 64)
         if (fills_gpu(p, Square::kM, Square::kN))
             return launch_tile<Variant, Square, kTransposed>(p, source, packed, bias, forward,
                                                              result, exec);

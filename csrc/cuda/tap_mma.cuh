@@ -3,30 +3,35 @@
 //   result[pixel][column] = sum over k = (tap, channel) of source[pixel + tap][channel] * packed
 //
 //                            packed weights, kN columns
-//            chunk     +---+---+---+- - -
-//            of four   | 0 | 1 | 2 | …      three buffers in shared memory; a buffer's copies are
-//            pieces    +---+---+---+- - -   in flight while the two before it are multiplied
+//            chunk      +---+---+---+- -
+//            of four    | 0 | 1 | 2 |       three buffers in shared memory: copies fill two of
+//            pieces     +---+---+---+- -    them while the third is multiplied
 //            +---+---+---+
-//   source,  | 0 | 1 | 2 | …     block: 128 x 128 results, four warps of 64 x 64
+//   source,  | 0 | 1 | 2 |     a block: 128 x 128 results, four warps of 64 x 64
 //   kM pixels|   |   |   |              128 x 64, four warps of 64 x 32
 //            +---+---+---+              128 x 16, four warps of 32 x 16
 //
-// A piece is 16 bytes, four floats: of a source a piece lies in one tap, since channels are whole
-// pieces, so it is inside the image or zero as a whole, and cp.async brings it or zeros. Weights
-// are packed in pieces too. What happens while a piece is loaded cannot be done by cp.async:
-// sources of the transposed product, which are gated or gathered from an unpooled signal, go
-// through registers, one chunk ahead. There is one barrier a chunk.
+// A piece is 16 bytes, four floats or eight halves. Channels are whole pieces, so a piece lies in
+// one tap and is inside the source or zero as a whole: cp.async brings it, or zeros. Weights are
+// packed in pieces too. What happens to a value while it is loaded is not for cp.async: sources of
+// the transposed product, which are gated or gathered from an unpooled signal, go through
+// registers, two chunks ahead like the copies. There is one barrier a chunk.
 //
-// Work: as tap_gemm.cuh; a block of 128 x 128 reads (128 + 128) k floats for 128 * 128 * k
-// products, 32 FLOP a byte from L2 (tf32 on an A100 needs about 31 of its L2, 79 of its DRAM:
-// columns of blocks share the source there). 64 products of a warp and 16 ldmatrix a chunk. Three
-// stages of 16 KiB let two blocks live on an SM of any architecture from sm_80 on (100 KiB on
-// sm_86, 89 and 120): four would leave one. The epilogue writes 16 bytes a thread from registers,
-// since weights are packed in the order of mma_slot. Tried on paper: weights in the order of
-// fragments (one 16-byte load instead of ldmatrix; but a pair of pieces may then not cross from one
-// tap into the next, as it does in phases of a stride); pieces of weights split for tf32x3 when
-// packed (no conversions, twice the bytes: the copies and ldmatrix cost more than the ALU, which
-// the tensor cores leave idle).
+// Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
+// a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.
+// Three stages of 16 KiB leave room for two blocks on an SM of any architecture from sm_80 on (100
+// KiB on sm_86, 89 and 120); four would leave one. Static (tf32 and halves, 128 x 128): at most 247
+// registers; a chunk issues 149 instructions of a warp, 64 of them products, 16 ldmatrix and 8
+// cp.async of 16 bytes, and no conversion; entering another tap, once in C / 16 (halves C / 32)
+// chunks, issues about 70 more. The epilogue writes 16 bytes a thread straight from registers,
+// since the weights' columns are packed in the order of mma_slot.
+//
+// Tried: an index that counts taps and channels every chunk (117 instructions more in a chunk);
+// Rejected on paper:
+// weights packed in the order of fragments (loads of 16 bytes instead of ldmatrix, but two pieces
+// of an instruction might then not lie in two taps, as they do with few channels and in phases);
+// weights split for tf32x3 when they are packed (no conversions of the right factor, but twice the
+// copies and ldmatrix). For tf32x3 the largest tile would spill.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -177,7 +182,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 }
 
 template <typename Factors, typename Tile, bool kTransposed, typename Source>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     tap_mma_kernel(TapPlan p, Source source, const typename Factors::T* packed,
                    const typename Factors::T* bias, const typename Factors::T* forward,
                    typename Factors::T* result) {

@@ -30,25 +30,26 @@ ZF_HD int tile_slot(int k, int column) {
 
 // The sizes of a block's product: kM x kN results, kRows x kColumns a thread, kDepth products at a
 // time.
-template <typename T, int kBlockM, int kBlockN, int kColumnsOfThread = 4,
-          int kAtATime = 64 / sizeof(T)>
+template <typename T, int kBlockM, int kBlockN, int kColumnsOfThread = 4>
 struct Tile {
-    static constexpr int kM = kBlockM, kN = kBlockN, kDepth = kAtATime;
+    static constexpr int kM = kBlockM, kN = kBlockN, kDepth = 64 / sizeof(T);
     static constexpr int kColumns = kColumnsOfThread;
+    static constexpr int kResident = kColumns == 4 ? kResidentBlocks<T> : 1;
     static constexpr int kRows = kM * kN / (kColumns * kTileThreads);
     static constexpr int kRowThreads = kM / kRows, kColumnThreads = kN / kColumns;
 
     using Accumulator = T[kRows][kColumns];
 
-    // A tile of depth 8 has but two quads of k, which four columns of padding put on other banks;
-    // then all addresses of the loop below differ by constants.
-    static constexpr int kPadding = kDepth * sizeof(T) == 32 ? 4 : 0;
+    // Threads of 8 x 8 results have no registers for the addresses of tile_slot. Four columns of
+    // padding put two quads of k on other banks, an exclusive or the two that follow.
+    static constexpr int kPadding = kColumns == 8 ? 4 : 0;
     static constexpr int kLeftSize = kDepth * (kM + kPadding);
     static constexpr int kRightSize = kDepth * (kN + kPadding);
 
     template <int kWidth>
     ZF_HD static int slot(int k, int column) {
-        return kPadding ? k * (kWidth + kPadding) + column : tile_slot<kWidth>(k, column);
+        return kPadding ? k * (kWidth + kPadding) + (column ^ (k & 8))
+                        : tile_slot<kWidth>(k, column);
     }
 
     __device__ static int row_thread() {

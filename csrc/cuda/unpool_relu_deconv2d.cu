@@ -11,6 +11,9 @@
 // memory. A place
 // is gathered once for each tap and column tile that reads it, from a signal a quarter of the
 // maps' size; the maps are never in memory.
+// On the tensor cores (tap_mma.cuh) the gathering issues many more instructions than the products
+// (4 % of the main loop's code are HMMA): a halo that is gathered once for all taps is the form to
+// come.
 // Least bytes: signal + one byte a switch (+ forward) + weights + image.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include "packed_deconv2d.cuh"

@@ -66,7 +66,7 @@ def _backend(device: torch.device) -> ModuleType:
     return BACKENDS[device.type]()
 
 
-#: What the user asked for; None leaves it to torch. Of the process, because backward passes run in threads of their own.
+#: What the user asked for; None leaves it to torch. Of the process: backward passes run in threads of their own.
 _precision: str | None = None
 
 
