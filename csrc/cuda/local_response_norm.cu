@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     using V = Sum<T>;
     ZF_SHARED(V, terms, kStage * kRow);   // t[channel][pixel]
     ZF_SHARED(V, shares, kStage * kRow);  // g / d^beta, a channel's own share
+    ZF_SHARED(V, totals, kSide * kRow);   // the gradient after a stage, for the thread that has it
     const NormShape& s = norm.s;
     const NormTile tile(norm);
     const std::int64_t step = s.layout().step_channel();
@@ -118,7 +119,6 @@ __global__ void __launch_bounds__(kThreads, 4)
     const std::int64_t last = end < s.channels ? end : s.channels;
 
     const V factor = 2 * norm.beta * norm.scale;
-    V gradient[kSide / kWarps] = {};  // of this thread's channels and pixels, over all stages
     for (std::int64_t stage = first; stage < last; stage += kStage) {
         const int channels = static_cast<int>(last - stage < kStage ? last - stage : kStage);
         const int slow_count = s.channels_last ? kSide : channels;
@@ -140,9 +140,7 @@ __global__ void __launch_bounds__(kThreads, 4)
                 shares[channel * kRow + pixel] = share;
             }
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kSide / kWarps; ++i) {
-            const int slow = warp + i * kWarps;
+        for (int slow = warp; slow < kSide; slow += kWarps) {
             const std::int64_t c = tile.channel + (s.channels_last ? lane : slow);
             const int pixel = s.channels_last ? slow : lane;
             const std::int64_t column = column_offset(s, tile.pixel + pixel);
@@ -153,9 +151,12 @@ __global__ void __launch_bounds__(kThreads, 4)
             V sum = V(0);
             for (std::int64_t j = begin; j < stop; ++j) sum += terms[j * kRow + pixel];
             const std::int64_t offset = column + c * step;
-            if (own >= 0 && own < channels) gradient[i] += shares[own * kRow + pixel];
-            gradient[i] -= factor * V(input[offset]) * sum;
-            if (stage + kStage >= last) grad_input[offset] = static_cast<T>(gradient[i]);
+            V& total = totals[(c - tile.channel) * kRow + pixel];
+            V gradient = stage > first ? total : V(0);
+            if (own >= 0 && own < channels) gradient += shares[own * kRow + pixel];
+            gradient -= factor * V(input[offset]) * sum;
+            total = gradient;
+            if (stage + kStage >= last) grad_input[offset] = static_cast<T>(gradient);
         }
         __syncthreads();
     }
