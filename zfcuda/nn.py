@@ -168,9 +168,9 @@ def fastest_max_pool2d(
 ) -> Tensor:
     """``torch.nn.functional.max_pool2d`` by :func:`zfcuda.ops.max_pool2d` where that is the faster of the two.
 
-    That is for dense input of rank 4 on the CPU: of 32,768 numbers or more where no gradient is recorded, and of 131,072 or
-    more, contiguous (which torch pools one value at a time), where one is. torch's own is called elsewhere: its
-    gradient of channels_last input is the faster one, little input takes no time, and on other devices nothing has
+    That is for dense input of rank 4 on the CPU: of 32,768 numbers or more where no gradient is recorded, and of
+    131,072 or more, contiguous (which torch pools one value at a time), where one is. torch's own is called elsewhere:
+    its gradient of channels_last input is the faster one, little input takes no time, and on other devices nothing has
     been measured. Values and gradients are the same.
     """
     window: Any = kernel_size, stride, padding, dilation, ceil_mode
