@@ -168,9 +168,9 @@ def fastest_max_pool2d(
 ) -> Tensor:
     """``torch.nn.functional.max_pool2d`` by :func:`zfcuda.ops.max_pool2d` where that is the faster of the two.
 
-    That is for input of rank 4 on the CPU: of 32,768 numbers or more where no gradient is recorded, and of 131,072 or
-    more, contiguous (which torch pools one value at a time), where one is. torch's own is called elsewhere: its
-    gradient of channels_last input is the faster one, little input takes no time, and on other devices nothing has
+    That is for dense input of rank 4 on the CPU: of 32,768 numbers or more where no gradient is recorded, and of
+    131,072 or more, contiguous (which torch pools one value at a time), where one is. torch's own is called elsewhere:
+    its gradient of channels_last input is the faster one, little input takes no time, and on other devices nothing has
     been measured. Values and gradients are the same.
     """
     window: Any = kernel_size, stride, padding, dilation, ceil_mode
@@ -183,10 +183,10 @@ def fastest_max_pool2d(
 
 def _enough_to_pool(input: Tensor) -> float:
     """Numbers from which on ours takes less time than torch's: benchmarks/bench_fastest_max_pool2d.py."""
-    if not (torch.is_grad_enabled() and input.requires_grad):
+    innermost = input.is_contiguous(memory_format=torch.channels_last)
+    if (innermost or input.is_contiguous()) and not (torch.is_grad_enabled() and input.requires_grad):
         return 1 << 15
-    contiguous = input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
-    return 1 << 17 if contiguous else float("inf")
+    return 1 << 17 if input.is_contiguous() and not innermost else float("inf")
 
 
 class FastestMaxPool2d(nn.MaxPool2d):
