@@ -95,6 +95,30 @@ def bench(**given: Any) -> None:
         raise SystemExit(options.SLOWER)
 
 
+@main.command("gpu-report")
+@click.option("--output", type=FOLDER, default=Path("zfcuda-gpu-report"), show_default=True, help="A new folder.")
+@click.option("--source", type=FOLDER, default=Path(), help="A clone of the repository.  [default: this folder]")
+@click.option("--device", default="cuda", show_default=True, help="cpu rehearses the steps without a GPU.")
+@click.option("--sanitize", is_flag=True, help="The operators' tests under compute-sanitizer, too: hours.")
+@click.option("--quick", is_flag=True, help="The quick benchmarks.")
+def gpu_report(output: Path, source: Path, device: str, sanitize: bool, quick: bool) -> None:
+    """Build, test and time everything on this machine's GPU, into one ZIP file to attach to an issue.
+
+    Steps that fail are recorded, and the next ones go on; the exit code is 1 if any did. `make gpu` installs what it
+    needs and calls it.
+    """
+    from zfcuda.bench import gpu
+
+    if not (source / "setup.py").is_file():
+        raise ValueError(f"source is {str(source)!r}, which is no clone of zfcuda's repository: there is no setup.py")
+    todo = gpu.steps(output, source, device, quick, sanitize)
+    done = gpu.run_steps(todo, output, source, click.echo)
+    gpu.report_of(output, done)
+    click.echo(f"Please attach {gpu.archive(output)} to an issue.")
+    if not all(step.good for step in done):
+        raise SystemExit(1)
+
+
 @main.command()
 @MODEL
 @CONFIG
