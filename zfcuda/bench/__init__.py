@@ -93,6 +93,7 @@ def run(
     record = Suite(setting, cases, command, begun=begun, done=done).run()
     verdicts = [] if old is None else compare(old, record)
     page = report.write(record, output, verdicts)
+    show(*table.of_noise(record))
     if old is not None:
         show(*table.of_verdicts(verdicts))
     return Outcome(record, page, verdicts)

@@ -16,8 +16,8 @@ import torch
 import zfcuda
 from zfcuda import core
 
-CUPY = ("cupy", "cupy-cuda12x", "cupy-cuda13x")
-PACKAGES = ("torch", "torchvision", "captum", "onnx", "onnxruntime", "openvino", "triton", "numpy") + CUPY
+CUPY = ("cupy", "cupy-cuda12x", "cupy-cuda13x")  # one library by three names
+PACKAGES = ("torch", "torchvision", "captum", "onnx", "onnxruntime", "openvino", "triton", "numpy")
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,clocks_event_reasons.active"
 
 
@@ -50,14 +50,18 @@ def describe(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Of all that takes part; None for what is not installed."""
     found: dict[str, str | None] = {"zfcuda": zfcuda.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    found |= {package: _version(package) for package in PACKAGES}
+    found["cupy"] = next(filter(None, map(_version, CUPY)), None)
     if torch.version.cuda:
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def clocks(kind: str) -> dict[str, str]:

@@ -11,9 +11,11 @@ from typing import Any
 
 from zfcuda.bench.timing import quartiles
 
-__all__ = ["SCHEMA", "VERSION", "CaseRecord", "Missing", "Record", "Result", "Times"]
+__all__ = ["NOISY", "SCHEMA", "VERSION", "CaseRecord", "Missing", "Record", "Result", "Times"]
 
 SCHEMA, VERSION = "zfcuda.bench", 1
+#: A machine on which times spread so much was busy with something else.
+NOISY = 0.1
 
 
 @dataclass
@@ -100,6 +102,17 @@ class Record:
     ceilings: dict[str, dict[str, float]]  # measured, by mode: bytes and flops a second
     datasheet: dict[str, dict[str, float]]  # the same of the GPU's data sheet, where it is known
     cases: list[CaseRecord] = field(default_factory=list)
+
+    @property
+    def noise(self) -> float:
+        """The middle one of all times' spreads: half the distance of the quartiles over the median."""
+        spreads = [
+            (times.spread[1] - times.spread[0]) / 2 / times.median
+            for case in self.cases
+            for result in case.results
+            for times in result.times.values()
+        ]
+        return quartiles(spreads)[1] if spreads else 0.0
 
     def rates(self, case: CaseRecord, result: Result, regime: str) -> dict[str, float]:
         """FLOP/s of useful work, bytes a second of least traffic, and the share of the measured ceiling, as it applies."""

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from zfcuda.bench.compare import Verdict
-from zfcuda.bench.record import CaseRecord, Record
+from zfcuda.bench.record import NOISY, CaseRecord, Record
 from zfcuda.bench.table import fastest, row, seconds_text
 
 __all__ = ["PAGE", "write"]
@@ -50,6 +50,8 @@ def write(record: Record, folder: Path, verdicts: Sequence[Verdict] = ()) -> Pat
         pictures=pictures,
         verdicts=verdicts,
         facts=_facts(record),
+        noise=record.noise,
+        noisy=record.noise >= NOISY,
         ceilings=_ceilings(record),
     )
     path = folder / PAGE
@@ -138,7 +140,8 @@ def roofline(record: Record, mode: str) -> Figure | None:
     for family, marker in markers.items():
         axes.plot([], [], marker, color=OURS if family == "zfcuda" else THEIRS, label=family)
     axes.set(xscale="log", yscale="log", xlabel="useful FLOP per least byte", ylabel="TFLOP/s of useful work")
-    axes.set_title(f"{_name(record)}, {mode}")
+    axes.set_title(f"{_name(record)}, {mode}", pad=24)
+    axes.margins(y=0.2)
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=8)
     return figure

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from zfcuda.bench.compare import LEAST_CHANGE, SIGNIFICANCE, Verdict
-from zfcuda.bench.record import CaseRecord, Record, Result
+from zfcuda.bench.record import NOISY, CaseRecord, Record, Result
 
-__all__ = ["of_case", "of_verdicts", "row", "seconds_text"]
+__all__ = ["of_case", "of_noise", "of_verdicts", "row", "seconds_text"]
 
 
 def seconds_text(seconds: float) -> str:
@@ -83,6 +83,13 @@ def _grouped(case: CaseRecord) -> Iterable[tuple[str, str]]:
     for missing in case.missing:
         names.setdefault(missing.reason, []).append(missing.name)
     return ((reason, ", ".join(who)) for reason, who in names.items())
+
+
+def of_noise(record: Record) -> list[str]:
+    """A warning where the machine was busy."""
+    if record.noise < NOISY:
+        return []
+    return [f"[yellow]! The machine was busy:[/] half of all times spread by more than ±{100 * record.noise:.0f} %"]
 
 
 def of_verdicts(verdicts: Sequence[Verdict]) -> list[Any]:
