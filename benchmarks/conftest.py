@@ -23,7 +23,9 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def setting_of(device: str) -> Setting:
-    batch, threads = (int(os.environ.get(f"ZFCUDA_BENCH_{name}", number)) for name, number in (("BATCH", 8), ("THREADS", 1)))
+    batch, threads = (
+        int(os.environ.get(f"ZFCUDA_BENCH_{name}", number)) for name, number in (("BATCH", 8), ("THREADS", 1))
+    )
     where = torch.device("cuda", 0) if device == "cuda" else torch.device(device)
     return Setting(where, device, threads, batch=batch, state=STATE)
 
@@ -65,6 +67,8 @@ def contest(benchmark) -> Callable[[Setting, Case], None]:
         with pinned(setting.threads), case.mode.active():
             [contender] = [c for c in case.build(setting, case.mode).contenders if c.name == best.name]
             call = clock.calls(contender)[regime]
-            benchmark.pedantic(lambda: (call(), clock.synchronize()), rounds=len(best.times[regime].samples), warmup_rounds=1)
+            benchmark.pedantic(
+                lambda: (call(), clock.synchronize()), rounds=len(best.times[regime].samples), warmup_rounds=1
+            )
 
     return run

@@ -11,9 +11,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.layers import CONVOLUTIONS, NORMS, POOLS
 from oracles import Sample, check_exact, check_values, normal, whole_numbers
 
-from benchmarks.layers import CONVOLUTIONS, NORMS, POOLS
 from zfcuda import ops, reference
 
 pytestmark = [

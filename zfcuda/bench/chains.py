@@ -58,8 +58,8 @@ def _translate(module: nn.Module) -> tuple[str, dict[str, Any], dict[str, Tensor
             return "MaxPool", attributes | {"ceil_mode": int(module.ceil_mode)}, {}
         return "Conv", attributes | {"group": module.groups}, dict(module.named_parameters())
     if isinstance(module, nn.LocalResponseNorm):
-        constants = {"size": module.size, "alpha": module.alpha, "beta": module.beta, "bias": module.k}
-        return "LRN", constants, {}
+        constants = {"alpha": module.alpha, "beta": module.beta, "bias": module.k}
+        return "LRN", {name: float(value) for name, value in constants.items()} | {"size": module.size}, {}
     if isinstance(module, nn.Linear):
         return "Gemm", {"transB": 1}, dict(module.named_parameters())
     return type(module).__name__.replace("ReLU", "Relu"), {}, {}

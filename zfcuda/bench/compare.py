@@ -68,7 +68,9 @@ def compare(old: Record, new: Record) -> list[Verdict]:
     chances = judge([samples for *_, samples in drafts])
     return [
         Verdict(case.key, result.name, regime, verdict, change, interval, p, rivals, _errors(before, result))
-        for (case, result, before, regime, rivals, _), (verdict, change, interval, p) in zip(drafts, chances, strict=True)
+        for (case, result, before, regime, rivals, _), (verdict, change, interval, p) in zip(
+            drafts, chances, strict=True
+        )
     ]
 
 

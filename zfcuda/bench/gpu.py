@@ -42,7 +42,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a step: its exit code (None: it could not be started), seconds, and the last line that it wrote."""
+    """What became of a step: its exit code (None: it could not be started), seconds, and its last line."""
 
     name: str
     command: Sequence[str]

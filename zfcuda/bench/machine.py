@@ -65,7 +65,7 @@ def _version(package: str) -> str | None:
 
 
 def clocks(kind: str) -> dict[str, str]:
-    """What may slow the machine down just now: its clocks, its load, and a GPU's temperature and reasons to throttle."""
+    """What may slow the machine down now: its clocks, its load, a GPU's temperature and reasons to throttle."""
     if kind == "cpu":
         megahertz = re.findall(r"cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"))
         return {"cpu MHz": " ".join(megahertz), "load": _read("/proc/loadavg").split(" ")[0]}

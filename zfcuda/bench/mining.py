@@ -42,13 +42,16 @@ class Miner:
     """A collector for ZFNet's five convolutions, and a batch of images."""
 
     collector: Collector
+    images: Tensor
     batch: Batch
 
     @staticmethod
     def of(images: Tensor) -> Miner:
         net = zfnet().to(images.device)
         collector = Collector(zfcuda.DeconvNet(net), Settings(LAYERS, TOP, 1, ("deconvnet",), 2**31), (3, 224, 224))
-        return Miner(collector, Batch(0, images, torch.ones(len(images), dtype=torch.bool), [None] * len(images)))
+        return Miner(
+            collector, images, Batch(0, images, torch.ones(len(images), dtype=torch.bool), [None] * len(images))
+        )
 
     def close(self, open_maps: int) -> Any:
         """Empty the lists of so many maps, and close those of the others; returns which are open."""
@@ -61,7 +64,7 @@ class Miner:
     def forward(self) -> None:
         """The forward pass alone, by the same executor."""
         targets = self.collector.targets
-        self.collector.net.graph.run(self.batch.images, None, max(t.pooled_by or t.node for t in targets))
+        self.collector.net.graph.run(self.images, None, max(t.pooled_by or t.node for t in targets))
 
     def mine(self, open_maps: int) -> Any:
         """A batch of mining; the lists' values."""
@@ -98,7 +101,8 @@ def mine(batch: int, setting: Setting, mode: Mode) -> Built:
     each = partial(Contender, ours=True, family="zfcuda", pieces=batch, graph=False)
 
     def rival(layout: torch.memory_format) -> Call:
-        return partial(Rival(copy.deepcopy(plain).to(memory_format=layout)), images.contiguous(memory_format=layout))
+        net = copy.deepcopy(plain).to(memory_format=layout)  # type: ignore[call-overload]
+        return partial(Rival(net), images.contiguous(memory_format=layout))
 
     def read(values: Any) -> Outputs:
         return Outputs([torch.from_numpy(values)])

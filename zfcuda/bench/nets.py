@@ -90,7 +90,8 @@ def torch_twin(net: ZFNet) -> nn.Sequential:
     out = nn.Sequential()
     for name, module in net.named_children():
         if isinstance(module, nn.Conv2d):
-            conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+            sizes: Any = (module.kernel_size, module.stride, module.padding)
+            conv = nn.Conv2d(module.in_channels, module.out_channels, *sizes)
             conv.weight, conv.bias = module.weight, module.bias
             out.add_module(name, conv)
             out.add_module(name.replace("conv", "relu"), nn.ReLU())
@@ -104,7 +105,7 @@ def torch_twin(net: ZFNet) -> nn.Sequential:
 
 
 def chain(alexnet: nn.Module) -> nn.Sequential:
-    """torchvision's AlexNet without its adaptive pool, which changes nothing at 224 x 224, so that ONNX has it whole."""
+    """torchvision's AlexNet as a chain, without its adaptive pool, which changes nothing at 224 x 224."""
     return nn.Sequential(*alexnet.features, nn.Flatten(), *alexnet.classifier).eval()  # type: ignore[misc]
 
 

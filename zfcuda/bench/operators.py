@@ -185,7 +185,11 @@ def unpool_deconv(conv: Conv, setting: Setting, mode: Mode) -> Built:
     maps, pooled, switches, indices = pooled_maps(setting, Map("", conv.maps, conv.out_size), mode)
     weight = setting.normal(*conv.weight_shape, mode=mode)
     slide = conv.stride, conv.padding, conv.output_padding
-    window = {"pool_kernel_size": 3, "pool_stride": 2, "pool_output_size": (conv.out_size, conv.out_size)}
+    window: dict[str, Any] = {
+        "pool_kernel_size": 3,
+        "pool_stride": 2,
+        "pool_output_size": (conv.out_size, conv.out_size),
+    }
 
     def theirs(p: Tensor, m: Tensor, i: Tensor, w: Tensor) -> Tensor:
         return F.conv_transpose2d(torch_unpool(p, m, i).relu_(), w, None, *slide)

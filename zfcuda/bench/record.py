@@ -115,7 +115,7 @@ class Record:
         return quartiles(spreads)[1] if spreads else 0.0
 
     def rates(self, case: CaseRecord, result: Result, regime: str) -> dict[str, float]:
-        """FLOP/s of useful work, bytes a second of least traffic, and the share of the measured ceiling, as it applies."""
+        """FLOP/s of useful work, bytes a second of least traffic, shares of the ceilings; those that are counted."""
         seconds = result.times[regime].median
         ceiling = self.ceilings[case.mode]
         floor = max(case.flops / ceiling["flops"], case.bytes / ceiling["bytes"])
@@ -132,7 +132,11 @@ class Record:
             for result, part in zip(case.results, shown["results"], strict=True):
                 for regime, times in result.times.items():
                     low, median, high = quartiles(times.samples)
-                    derived = {"median": median, "quartiles": [low, high], "over_best_of_ours": case.ratio(result, regime)}
+                    derived = {
+                        "median": median,
+                        "quartiles": [low, high],
+                        "over_best_of_ours": case.ratio(result, regime),
+                    }
                     part["times"][regime] |= derived | {"rates": self.rates(case, result, regime)}
         return json.dumps(_finite(facts), indent=1, allow_nan=False)
 

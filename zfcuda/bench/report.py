@@ -125,18 +125,20 @@ def roofline(record: Record, mode: str) -> Figure | None:
     roofs += [("data sheet", record.datasheet[mode], "--")] if mode in record.datasheet else []
     for label, ceiling, style in roofs:
         ridge = ceiling["flops"] / ceiling["bytes"]
-        x = [left, min(max(ridge, left), right), right]
-        y = [min(ceiling["flops"], ceiling["bytes"] * v) / 1e12 for v in x]
-        axes.plot(x, y, style, color=ROOF, label=f"{label}: copy and product")
+        xs = [left, min(max(ridge, left), right), right]
+        ys = [min(ceiling["flops"], ceiling["bytes"] * x) / 1e12 for x in xs]
+        axes.plot(xs, ys, style, color=ROOF, label=f"{label}: copy and product")
     markers = _markers(counted)
     for case in counted:
         for result in case.results:
             x, y = case.flops / case.bytes, case.flops / result.times[fastest(result)].median / 1e12
-            style = {"color": OURS if result.ours else THEIRS, "zorder": 3 if result.ours else 2}
-            axes.plot(x, y, markers[result.family], alpha=0.8, markersize=7 if result.ours else 5, **style)
+            colour, size, order = (OURS, 7, 3) if result.ours else (THEIRS, 5, 2)
+            axes.plot(x, y, markers[result.family], alpha=0.8, color=colour, markersize=size, zorder=order)
         best = max(case.flops / r.times[fastest(r)].median / 1e12 for r in case.results)
         label = case.name if case.group == "layers" else f"{case.group}: {case.name}"
-        axes.annotate(label, (case.flops / case.bytes, best), (2, 5), textcoords="offset points", fontsize=6, rotation=35)
+        axes.annotate(
+            label, (case.flops / case.bytes, best), (2, 5), textcoords="offset points", fontsize=6, rotation=35
+        )
     for family, marker in markers.items():
         axes.plot([], [], marker, color=OURS if family == "zfcuda" else THEIRS, label=family)
     axes.set(xscale="log", yscale="log", xlabel="useful FLOP per least byte", ylabel="TFLOP/s of useful work")
@@ -167,7 +169,9 @@ def ratios(record: Record, mode: str) -> Figure | None:
             axes.plot(ratio, y, markers[family], color=THEIRS, markersize=6, alpha=0.85)
     axes.axvline(1, color=OURS)
     axes.set_yticks(range(len(counted)), [f"{c.group}: {c.name}" for c in reversed(counted)], fontsize=7)
-    axes.set(xscale="log", xlabel="rival's time over ours (right of the line zfcuda is faster)", ylim=(-1, len(counted)))
+    axes.set(
+        xscale="log", xlabel="rival's time over ours (right of the line zfcuda is faster)", ylim=(-1, len(counted))
+    )
     for family, marker in markers.items():
         if family != "zfcuda":
             axes.plot([], [], marker, color=THEIRS, label=family)

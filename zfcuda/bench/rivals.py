@@ -53,8 +53,9 @@ def ours(
         return partial(call, *laid_out(tensors, layout))
 
     def reused(layout: torch.memory_format) -> Call:
-        ready = prepare(layout)
-        return partial(ready, out=out(ready()))
+        mode.require_ours()
+        given = laid_out(tensors, layout)
+        return partial(call, *given, out=out(call(*given)))
 
     return [
         Contender(
@@ -115,14 +116,18 @@ def modules(
 
     def prepare(layout: torch.memory_format) -> Call:
         mode.require_ours() if ours else mode.require_torch()
-        ready = copy.deepcopy(module).to(setting.device, mode.dtype, memory_format=layout)
-        return partial(run, ready, *laid_out([image], layout))
+        return partial(run, _placed(setting, module, mode, layout), *laid_out([image], layout))
 
     labels = {"contiguous": name if ours else f"{name} contiguous", "channels_last": f"{name} channels_last"}
     return [
         Contender(labels[format_], partial(prepare, layout), ours=ours, family=name)
         for format_, layout in FORMATS.items()
     ]
+
+
+def _placed(setting: Setting, module: nn.Module, mode: Mode, layout: torch.memory_format) -> nn.Module:
+    """A copy of the module where and as it is to run."""
+    return copy.deepcopy(module).to(setting.device, mode.dtype).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def compiled_modules(
@@ -132,7 +137,7 @@ def compiled_modules(
 
     def prepare(layout: torch.memory_format, options: dict[str, Any], around: Callable[[], Any]) -> Call:
         mode.require_torch()
-        ready = copy.deepcopy(module).to(setting.device, mode.dtype, memory_format=layout)
+        ready = _placed(setting, module, mode, layout)
         call = partial(run, torch.compile(ready, **options), *laid_out([image], layout))
         with around():
             call()  # compiles

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from zfcuda.bench import ceiling, layers, machine, mining, nets, operators, projection
-from zfcuda.bench.case import MODES, Built, Call, Case, Contender, Mode, Setting, Unavailable
+from zfcuda.bench.case import MODES, Built, Call, Case, Contender, Setting, Unavailable
 from zfcuda.bench.errors import differences
 from zfcuda.bench.record import CaseRecord, Missing, Record, Result, Times
 from zfcuda.bench.timing import Clock, CpuClock, CudaClock, interleave, pinned
@@ -60,7 +60,9 @@ def select(cases: Iterator[Case], wanted: Sequence[str]) -> list[Case]:
 
 
 def clock_of(setting: Setting) -> Clock:
-    return CudaClock(setting.device) if setting.kind == "cuda" else CpuClock()
+    if setting.kind == "cuda":
+        return CudaClock(setting.device)
+    return CpuClock()
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Effort:
     most: int
 
 
-QUICK, FULL = Effort(0.6, 5, 15), Effort(6.0, 10, 40)
+# Of fewer than seven rounds a comparison could tell nothing.
+QUICK, FULL = Effort(0.6, 7, 15), Effort(6.0, 10, 40)
 
 
 @dataclass
@@ -162,7 +165,7 @@ class Suite:
                 if contender.slow_start and self.setting.quick:
                     raise Unavailable("left out by --quick")
                 calls = self._clock.calls(contender)
-                correct = {}
+                correct: dict[str, Any] = {}
                 for call in dict.fromkeys(calls.values()):
                     result = call()
                     if reference is not None and contender.read:
@@ -179,7 +182,7 @@ class Suite:
                 contender.ours,
                 {},
                 correct,
-                algorithms(first, self.setting.kind),
+                algorithms(first, self.setting.kind, self._clock.synchronize),
                 self._second(first, contender),
                 contender.lacks,
             )
@@ -216,11 +219,11 @@ def _reason(error: Exception) -> str:
 LEAST_SHARE = 0.02
 
 
-def algorithms(call: Call, kind: str) -> list[str]:
+def algorithms(call: Call, kind: str, synchronize: Call) -> list[str]:
     """What ran in a call, the longest first: kernels of a GPU, operators on a processor; empty for other runtimes."""
     spent: dict[str, float] = {}
     with _silent():
-        for name, microseconds in (_gpu_events if kind == "cuda" else _cpu_events)(call):
+        for name, microseconds in _gpu_events(call, synchronize) if kind == "cuda" else _cpu_events(call):
             spent[name] = spent.get(name, 0) + microseconds
     least = LEAST_SHARE * sum(spent.values())
     return sorted((name for name in spent if spent[name] > least), key=lambda name: -spent[name])
@@ -232,10 +235,11 @@ def _cpu_events(call: Call) -> list[tuple[str, float]]:
     return [(event.name, event.self_cpu_time_total) for event in profile.function_events or ()]
 
 
-def _gpu_events(call: Call) -> list[tuple[str, float]]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+def _gpu_events(call: Call, synchronize: Call) -> list[tuple[str, float]]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
         call()
-        torch.cuda.synchronize()
+        synchronize()
     events = profile.events() or ()
     return [(e.name, e.device_time_total) for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
 

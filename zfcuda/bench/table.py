@@ -103,7 +103,13 @@ def of_verdicts(verdicts: Sequence[Verdict]) -> list[Any]:
         errors = " → ".join("–" if e is None else f"{e:.1e}" for e in v.errors)
         between = f"{v.interval[0]:.2f}–{v.interval[1]:.2f}"
         table.add_row(
-            escape(v.case), escape(v.contender), v.regime, f"[{colour}]{v.verdict}[/]", f"{v.change:.2f}", between, errors
+            escape(v.case),
+            escape(v.contender),
+            v.regime,
+            f"[{colour}]{v.verdict}[/]",
+            f"{v.change:.2f}",
+            between,
+            errors,
         )
     counts = ", ".join(f"{sum(v.verdict == kind for v in verdicts)} {kind}" for kind in ("faster", "slower", "same"))
     rule = f"changes of more than {100 * LEAST_CHANGE:.0f} % at a false discovery rate of {SIGNIFICANCE:g}"

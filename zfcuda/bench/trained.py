@@ -47,4 +47,3 @@ def _report(training: object) -> None:
     step = getattr(training, "step", 0)
     if step % 50 == 0:
         print(f"training full-width ZFNet: step {step} of {RECIPE.steps}", flush=True)
-

@@ -61,7 +61,9 @@ def demo(output: Path, seed: int, steps: int | None) -> None:
 @click.option("-k", "--filter", "wanted", multiple=True, metavar="NAME", help="Cases with NAME in theirs; repeatable.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
 @click.option("--threads", type=click.IntRange(1), help="Of a processor.  [default: all that this process may use]")
-@click.option("--compare", "earlier", type=EXISTING, help="The bench.json of an earlier run, for a verdict on each case.")
+@click.option(
+    "--compare", "earlier", type=EXISTING, help="The bench.json of an earlier run, for a verdict on each case."
+)
 @click.option("--output", type=FOLDER, default=Path("zfcuda-bench"), show_default=True, help="Folder of the results.")
 def bench(**given: Any) -> None:
     """Time everything beside every rival that is installed: torch, torch.compile, captum, ONNX Runtime, OpenVINO.
@@ -70,8 +72,8 @@ def bench(**given: Any) -> None:
     missing are named: pip install 'zfcuda[bench]' brings them. The full run trains a network first, and takes about
     an hour on two cores; with --output of an earlier run it finds that network again.
 
-    With --compare the exit code is 3 if anything of ours is slower, by more than 5 % and more than chance explains, than
-    in the earlier record.
+    With --compare the exit code is 3 if anything of ours is slower than in the earlier record, by more than 5 % and more
+    than chance explains.
 
     \b
     Examples:
@@ -88,8 +90,12 @@ def bench(**given: Any) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200
-    command = " ".join(["zfcuda", *sys.argv[1:]])
-    result = bench.run(**given, command=command, show=lambda *parts: [console.print(p, highlight=False) for p in parts])
+
+    def show(*parts: Any) -> None:
+        for part in parts:
+            console.print(part, highlight=False)
+
+    result = bench.run(**given, command=" ".join(["zfcuda", *sys.argv[1:]]), show=show)
     console.print(f"The report: {result.page}", highlight=False, soft_wrap=True)
     if result.slower:
         raise SystemExit(options.SLOWER)
