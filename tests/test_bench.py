@@ -679,6 +679,8 @@ def machine(tmp_path, monkeypatch) -> Path:
     for name, text in (("nvidia-smi", "#!/bin/sh\necho A stand-in, 9.0, 580.65\n"), ("compute-sanitizer", SANITIZER)):
         (bin_ / name).write_text(text)
         (bin_ / name).chmod(0o755)
+    (source / "csrc").mkdir()
+    (source / "csrc" / "build.py").write_text("def fetch_nvcc(): pass\ndef find_toolkit(): return 'a toolkit'\n")
     (source / "setup.py").write_text("import os; print('built', os.environ['ZFCUDA_CUDA'])\n")
     tests = "def test_it(): pass\ndef test_wrong(): assert 0, 'found it'\n"
     (source / "tests" / "test_conv2d_relu.py").write_text(tests)
@@ -705,10 +707,10 @@ def test_every_step_runs_whatever_became_of_the_others(machine, tmp_path, monkey
     out = CliRunner().invoke(main, ["gpu-report", *arguments])
     done = {step["name"]: step for step in json.loads((folder / "summary.json").read_text())}
     assert {name: step["code"] for name, step in done.items()} == {
-        "build": 0, "nvidia-smi": 0, "info": 0, "packages": 0, "tests": 1, "memcheck": 1, "racecheck": 1, "bench": 0,
+        "nvcc": 0, "build": 0, "nvidia-smi": 0, "info": 0, "packages": 0, "tests": 1, "memcheck": 1, "racecheck": 1, "bench": 0,
         "nvidia-smi-after": 0, "absent": None,
     }, out.output  # fmt: skip
-    assert done["build"]["said"] == "built auto"
+    assert (done["nvcc"]["said"], done["build"]["said"]) == ("a toolkit", "built auto")
     assert "found it" in (folder / "tests.log").read_text() and "found it" in (folder / "memcheck.log").read_text()
     assert 'failures="1"' in (folder / "tests.xml").read_text()
     assert json.loads((folder / "info.log").read_text())["torch"] == torch.__version__

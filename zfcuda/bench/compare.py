@@ -57,12 +57,7 @@ def compare(old: Record, new: Record) -> list[Verdict]:
     same_rivals = _unchanged(old, new)
     drafts = []
     for case, old_case, result, before, regime in pairs:
-        rivals = [
-            r.name
-            for r in case.results
-            if not r.ours and same_rivals and regime in r.times
-            and (other := _named(old_case, r.name)) is not None and regime in other.times
-        ]  # fmt: skip
+        rivals = [name for name in _rivals(case, regime) if name in _rivals(old_case, regime)] if same_rivals else []
         samples = _relative(old_case, before, rivals, regime), _relative(case, result, rivals, regime)
         drafts.append((case, result, before, regime, tuple(rivals), samples))
     chances = judge([samples for *_, samples in drafts])
@@ -117,6 +112,10 @@ def _relative(case: CaseRecord, result: Result, rivals: list[str], regime: str) 
         return ours
     theirs = [r.times[regime].samples for r in case.results if r.name in rivals]
     return [time / statistics.median(round_) for time, round_ in zip(ours, zip(*theirs, strict=True), strict=True)]
+
+
+def _rivals(case: CaseRecord, regime: str) -> list[str]:
+    return [result.name for result in case.results if not result.ours and regime in result.times]
 
 
 def _named(case: CaseRecord, name: str) -> Result | None:

@@ -28,6 +28,8 @@ SANITIZED = ("tests/test_conv2d_relu.py", "tests/test_conv2d_relu_max_pool2d.py"
              "tests/test_max_unpool2d.py", "tests/test_switch_gather.py", "tests/test_local_response_norm.py",
              "tests/test_window_deconv2d.py", "tests/test_crop_windows.py", "tests/test_map_maximum.py",
              "tests/test_renormalize_filters.py")  # fmt: skip
+#: A source build needs nvcc; where the machine has none, pip brings it.
+FETCH_NVCC = "import sys; sys.path.insert(0, 'csrc'); import build; build.fetch_nvcc(); print(build.find_toolkit())"
 LEFT_OUT = ("*.pt", "*.safetensors")  # of the archive: a trained network, of many megabytes
 
 
@@ -76,6 +78,7 @@ def steps(folder: Path, source: Path, device: str, quick: bool, sanitize: bool) 
     marked = ["-m", "gpu"] if gpu else ["-k", "not simt"]
     test = [python, "-m", "pytest", "-n", "0", *marked]
     found = [
+        Step("nvcc", [python, "-c", FETCH_NVCC]),
         Step("build", [python, "setup.py", "build_ext", "--inplace"], (("ZFCUDA_CUDA", "on" if gpu else "auto"),)),
         Step("nvidia-smi", ["nvidia-smi", "-q"]),
         Step("info", [python, "-m", "zfcuda", "info", "--json"]),

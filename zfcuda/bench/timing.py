@@ -60,7 +60,7 @@ class Clock(Protocol):
 
 # ---------------------------------------------------------------- processors
 
-KEPT = 512 << 20  # bytes that a call may allocate before it meets a page for the first time
+KEPT = 128 << 20  # bytes that a call may allocate before it meets a page for the first time
 MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -4, -3, -1  # malloc.h
 
 

@@ -72,8 +72,8 @@ def bench(**given: Any) -> None:
     missing are named: pip install 'zfcuda[bench]' brings them. The full run trains a network first, and takes about
     an hour on two cores; with --output of an earlier run it finds that network again.
 
-    With --compare the exit code is 3 if anything of ours is slower than in the earlier record, by more than 5 % and more
-    than chance explains.
+    With --compare the exit code is 3 if anything of ours is slower than in the earlier record, by more than 5 % and by
+    more than chance explains.
 
     \b
     Examples:
