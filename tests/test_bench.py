@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import nn
 
-from zfcuda.bench import chains, gpu, layers, nets, operators, report, table
+from zfcuda.bench import ceiling, chains, gpu, layers, nets, operators, report, table
 from zfcuda.bench.case import MODES, Built, Case, Contender, Outputs, Setting
-from zfcuda.bench.ceiling import datasheet
 from zfcuda.bench.compare import LEAST_CHANGE, compare, judge
 from zfcuda.bench.errors import differences
 from zfcuda.bench.record import CaseRecord, Missing, Record, Result, Times
@@ -580,11 +579,11 @@ def test_the_suite_of_a_gpu_on_a_stand_in(setting, monkeypatch, tmp_path) -> Non
 
 
 def test_data_sheets_by_name() -> None:
-    assert datasheet("NVIDIA H100 80GB HBM3", "bf16")["flops"] == 989e12
-    assert datasheet("NVIDIA H100 PCIe", "ieee")["bytes"] == 2e12
-    assert datasheet("NVIDIA A100-SXM4-40GB", "3xtf32")["flops"] == pytest.approx(52e12)
-    assert datasheet("Tesla T4", "tf32") is None and datasheet("Tesla T4", "fp16")["flops"] == 65e12
-    assert datasheet("Another GPU", "ieee") is None
+    assert ceiling.datasheet("NVIDIA H100 80GB HBM3", "bf16")["flops"] == 989e12
+    assert ceiling.datasheet("NVIDIA H100 PCIe", "ieee")["bytes"] == 2e12
+    assert ceiling.datasheet("NVIDIA A100-SXM4-40GB", "3xtf32")["flops"] == pytest.approx(52e12)
+    assert ceiling.datasheet("Tesla T4", "tf32") is None and ceiling.datasheet("Tesla T4", "fp16")["flops"] == 65e12
+    assert ceiling.datasheet("Another GPU", "ieee") is None
 
 
 # ---------------------------------------------------------------- the command
@@ -707,8 +706,8 @@ def test_every_step_runs_whatever_became_of_the_others(machine, tmp_path, monkey
     out = CliRunner().invoke(main, ["gpu-report", *arguments])
     done = {step["name"]: step for step in json.loads((folder / "summary.json").read_text())}
     assert {name: step["code"] for name, step in done.items()} == {
-        "nvcc": 0, "build": 0, "nvidia-smi": 0, "info": 0, "packages": 0, "tests": 1, "memcheck": 1, "racecheck": 1, "bench": 0,
-        "nvidia-smi-after": 0, "absent": None,
+        "nvcc": 0, "build": 0, "nvidia-smi": 0, "info": 0, "packages": 0, "tests": 1, "memcheck": 1, "racecheck": 1,
+        "bench": 0, "nvidia-smi-after": 0, "absent": None,
     }, out.output  # fmt: skip
     assert (done["nvcc"]["said"], done["build"]["said"]) == ("a toolkit", "built auto")
     assert "found it" in (folder / "tests.log").read_text() and "found it" in (folder / "memcheck.log").read_text()
@@ -737,3 +736,12 @@ def test_a_folder_that_is_no_clone_is_refused(tmp_path) -> None:
     out = CliRunner().invoke(main, ["gpu-report", "--source", str(tmp_path), "--output", str(tmp_path / "out")])
     assert out.exit_code == 2
     assert "no clone" in out.output
+
+
+def test_the_ceilings_are_of_the_best_of_the_products(setting, monkeypatch) -> None:
+    """By a clock on which a copy takes 1 s, ``mm`` 4 s and the convolution 2 s."""
+    seconds = {"copy": 1.0, "mm": 4.0, "conv2d": 2.0}
+    monkeypatch.setattr(ceiling, "interleave", lambda clock, works, *_: {name: [seconds[name]] * 2 for name in works})
+    for mode, part in (("ieee", 1), ("3xtf32", 3)):
+        found = ceiling.measured(setting, CpuClock(), MODES[mode])
+        assert found == {"bytes": 2 * 4 * 2**25, "flops": pytest.approx(2 * 2048**3 / 2 / part)}

@@ -11,10 +11,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from zfcuda.bench.shapes import CONVOLUTIONS, NORMS, POOLS
 from oracles import Sample, check_exact, check_values, normal, whole_numbers
 
 from zfcuda import ops, reference
+from zfcuda.bench.shapes import CONVOLUTIONS, NORMS, POOLS
 
 pytestmark = [
     pytest.mark.slow,
