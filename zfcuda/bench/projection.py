@@ -28,7 +28,10 @@ QUICK_LAYER, QUICK_IMAGES = "conv3", 4
 COMPARED = 8  # activations whose results are checked
 #: Batches that the rivals are tried with; the best one counts.
 BATCHES = {"dense torch": (1, 8), "crops in torch": (8, 32), "captum": (1, 8)}
-OTHER = "sends the signal through the normalisation too, as the paper does not"
+LACKS = {
+    "captum": "sends the signal through the normalisation too, as the paper does not",
+    "crops in torch": "does not drop what lies beyond the maps, so its results are wrong at the image's border",
+}
 
 
 def cases(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
@@ -151,7 +154,7 @@ def project(layer: str, setting: Setting, mode: Mode) -> Built:
             family=family,
             pieces=batch,
             graph=False,
-            lacks=OTHER if family == "captum" else "",
+            lacks=LACKS.get(family, ""),
         )
         for family, batches in BATCHES.items()
         for batch in (batches[:1] if setting.quick else batches)

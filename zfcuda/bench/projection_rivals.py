@@ -1,8 +1,8 @@
 """Other ways to project activations of ZFNet to pixels: captum, and two that one would write in plain torch.
 
-Each is timed in the format and batch that suits it best. They are given every advantage that leaves the result
-the same: int64 switches ready on the right scale, the first step as a slice of the filters, crops without
-clipping at the image's border.
+Each is timed in the format and batch that suits it best. They are given every advantage: int64 switches ready on the
+right scale, the first step as a slice of the filters, crops without clipping at the image's border (where their results
+are wrong, therefore).
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from zfcuda.bench import ceiling, layers, machine, mining, nets, operators, projection
-from zfcuda.bench.case import MODES, Built, Call, Case, Contender, Setting, Unavailable
+from zfcuda.bench.case import MODES, Built, Call, Case, Outputs, Setting, Unavailable
 from zfcuda.bench.errors import differences
 from zfcuda.bench.record import CaseRecord, Missing, Record, Result, Times
 from zfcuda.bench.timing import Clock, CpuClock, CudaClock, interleave, pinned
@@ -142,8 +143,8 @@ class Suite:
         """A case; whatever goes wrong becomes a part of its record."""
         done = CaseRecord(case.group, case.name, case.mode.name, case.unit, case.flops, case.bytes, list(case.notes))
         torch._dynamo.reset()
-        with ExitStack() as stack:
-            stack.enter_context(case.mode.active())
+        with warnings.catch_warnings(), case.mode.active():
+            warnings.simplefilter("ignore", UserWarning)  # of rivals
             done.clocks["before"] = machine.clocks(self.setting.kind)
             try:
                 if case.mode.name not in record.ceilings:
@@ -152,14 +153,18 @@ class Suite:
             except Exception as error:
                 done.missing.append(Missing("the whole case", _reason(error)))
                 return done
-            self._contest(built, done)
+            try:
+                self._contest(built, done)
+            except Exception as error:
+                done.missing.append(Missing("what is missing here", _reason(error)))
+            done.results = [result for result in done.results if result.times]
             done.clocks["after"] = machine.clocks(self.setting.kind)
         return done
 
     def _contest(self, built: Built, done: CaseRecord) -> None:
         ready: dict[str, dict[str, Call]] = {}
         results: dict[str, Result] = {}
-        reference = built.reference() if built.reference else None
+        reference = self._reference(built, done)
         for contender in built.contenders:
             try:
                 if contender.slow_start and self.setting.quick:
@@ -175,23 +180,30 @@ class Suite:
                 done.missing.append(Missing(contender.name, _reason(error)))
                 continue
             ready[contender.name] = calls
-            first = next(iter(calls.values()))
-            results[contender.name] = Result(
-                contender.name,
-                contender.family or contender.name,
-                contender.ours,
-                {},
-                correct,
-                algorithms(first, self.setting.kind, self._clock.synchronize),
-                self._second(first, contender),
-                contender.lacks,
-            )
-        self._time(ready, {c.name: c.pieces for c in built.contenders}, results)
+            family = contender.family or contender.name
+            results[contender.name] = Result(contender.name, family, contender.ours, {}, correct, lacks=contender.lacks)
         done.results = list(results.values())
+        self._time(ready, {c.name: c.pieces for c in built.contenders}, results)
+        for contender in built.contenders:
+            if contender.name in results:
+                call = next(iter(ready[contender.name].values()))
+                self._look_inside(call, contender.pieces, results[contender.name])
 
-    def _second(self, call: Call, contender: Contender) -> list[float] | None:
-        seconds = self._clock.second(call)
-        return None if seconds is None else [s / contender.pieces for s in seconds]
+    def _reference(self, built: Built, done: CaseRecord) -> Outputs | None:
+        try:
+            return built.reference() if built.reference else None
+        except Exception as error:  # no memory for float64, say; times are worth having all the same
+            done.missing.append(Missing("the reference in float64", _reason(error)))
+            return None
+
+    def _look_inside(self, call: Call, pieces: int, result: Result) -> None:
+        """What ran, and the second timer; what goes wrong there is told, and the times stay."""
+        try:
+            result.algorithm = algorithms(call, self.setting.kind, self._clock.synchronize)
+            seconds = self._clock.second(call)
+            result.second_timer = None if seconds is None else [s / pieces for s in seconds]
+        except Exception as error:
+            result.lacks = "; ".join(filter(None, (result.lacks, f"no look inside, {_reason(error)}")))
 
     def _time(self, ready: dict[str, dict[str, Call]], pieces: dict[str, int], results: dict[str, Result]) -> None:
         effort = self._effort

@@ -72,16 +72,18 @@ def of_case(record: Record, case: CaseRecord) -> list[Any]:
         shown.append(table)
     else:
         shown.append(f"[bold]{escape(case.key)}[/]")
-    shown += [f"  [dim]{escape(r.name)}: {escape(r.lacks)}[/]" for r in case.results if r.lacks]
-    shown += [f"  [yellow]! {escape(names)}:[/] [dim]{escape(reason)}[/]" for reason, names in _grouped(case)]
+    lacks = _grouped((r.lacks, r.name) for r in case.results if r.lacks)
+    missing = _grouped((m.reason, m.name) for m in case.missing)
+    shown += [f"  [dim]{escape(names)}: {escape(what)}[/]" for what, names in lacks]
+    shown += [f"  [yellow]! {escape(names)}:[/] [dim]{escape(reason)}[/]" for reason, names in missing]
     return shown
 
 
-def _grouped(case: CaseRecord) -> Iterable[tuple[str, str]]:
-    """Reasons, each with all whom it kept away."""
+def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """Reasons, each with all whom it concerns."""
     names: dict[str, list[str]] = {}
-    for missing in case.missing:
-        names.setdefault(missing.reason, []).append(missing.name)
+    for reason, name in pairs:
+        names.setdefault(reason, []).append(name)
     return ((reason, ", ".join(who)) for reason, who in names.items())
 
 
