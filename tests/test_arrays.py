@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import numpy as np
@@ -97,6 +98,73 @@ def test_arrays_give_what_tensors_give(name, kind):
         strict=True,
     ):
         assert type(a) is cls and torch.equal(read(a), e)
+
+
+class Streams:
+    """``cupy.cuda``, and what torch is told of it: streams by their addresses, 7 where torch is on its own."""
+
+    def __init__(self, monkeypatch):
+        self.theirs, self.ours = 0, 7
+        monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: self.external(pointer, device))
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+
+    def external(self, pointer, device):
+        assert pointer and device == torch.device("cuda", 1)
+        return pointer
+
+    def get_current_stream(self):
+        return types.SimpleNamespace(ptr=self.theirs)
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        self.ours, before = stream, self.ours
+        yield
+        self.ours = before
+
+
+class DeviceArray(Array):
+    """One of a library with streams."""
+
+    device = (2, 1)
+
+    def __dlpack_device__(self):
+        return self.device
+
+
+@pytest.mark.parametrize("pointer", [0, 2, 1 << 40], ids=["legacy default", "default of the thread", "own"])
+def test_work_goes_to_the_stream_of_the_array_s_library(monkeypatch, pointer):
+    streams = Streams(monkeypatch)
+    streams.theirs = pointer
+    monkeypatch.setitem(globals(), "cuda", streams)
+    seen = []
+    monkeypatch.setattr(torch, "from_dlpack", lambda array: seen.append(streams.ours) or array.tensor)
+    monkeypatch.setitem(globals(), "from_dlpack", lambda tensor: seen.append(streams.ours))
+    ops._arrays.on_arrays(lambda x: seen.append(streams.ours) or x, (DeviceArray(IMAGE),), {})
+    assert seen == [pointer] * 3  # in, the operator, out
+    assert streams.ours == 7
+
+    monkeypatch.setattr(DeviceArray, "device", (1, 0))
+    seen.clear()
+    ops._arrays.on_arrays(lambda x: seen.append(streams.ours) or x, (DeviceArray(IMAGE),), {})
+    assert seen == [7] * 3  # arrays on the CPU have no stream
+
+
+@pytest.mark.gpu
+def test_cupy_on_its_own_stream():
+    """Right without a wait, while the stream that feeds the operator is far behind."""
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        source, weight, bias = (cupy.asarray(t.numpy()) for t in (IMAGE, WEIGHT, BIAS))
+        slow = cupy.ones((4096, 4096), cupy.float32)
+        for _ in range(8):
+            slow = slow @ slow / 4096
+        image = source * slow[0, 0]  # times one
+        maps = ops.conv2d_relu(image, weight, bias, padding=1)
+        assert isinstance(maps, cupy.ndarray) and not stream.done
+        total = maps.sum()
+    expected = ops.conv2d_relu(IMAGE, WEIGHT, BIAS, padding=1)
+    assert abs(float(total) - float(expected.sum())) <= 1e-4 * float(expected.sum())
 
 
 def test_by_name():

@@ -109,6 +109,11 @@ def workspace(function: str, like: Tensor, *arguments: Any) -> Tensor:
     return room(f"{function}_workspace", like, *arguments)
 
 
+def capturing(like: Tensor) -> bool:
+    """Whether work on this tensor's device is being recorded into a CUDA graph, so that its values cannot be read."""
+    return like.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def find(function: str, like: Tensor, *arguments: Any) -> int:
     """The index that ``function`` finds and writes as its last argument, -1 for none; waits for the device."""
     found = empty([1], like, dtype=torch.int64)
@@ -154,9 +159,7 @@ class Record:
         places = [n - first for t in results if (n := numbers.get(id(t))) is not None and n >= first]
         if not self.calls or not used <= numbers.keys() or len(places) != len(results):
             return
-        if results[0].is_cuda and (
-            any(call.found is not None for call in self.calls) or torch.cuda.is_current_stream_capturing()
-        ):
+        if results[0].is_cuda and (any(call.found is not None for call in self.calls) or capturing(results[0])):
             return
         prepare = _backend(results[0].device).prepare
         steps = []

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from zfcuda import core
+
 __all__ = [
     "GATES",
     "Asked",
@@ -87,8 +89,9 @@ def unit_index(map_: Tensor, layer: str, units: Units) -> Tensor:
         raise RuntimeError(
             f"units has shape {tuple(index.shape)}; it must be an int, (U,), or (N, U) with N = {batch} images"
         )
-    wrong = index[(index < 0) | (index >= count)]
-    if wrong.numel():
+    outside = (index < 0) | (index >= count)
+    if not core.capturing(index) and outside.any():
+        wrong = index[outside]
         raise IndexError(f"units has {int(wrong[0])}; layer {layer!r} has units 0 to {count - 1}")
     return index.expand(batch, index.shape[-1])
 
@@ -110,9 +113,10 @@ def _positions(map_: Tensor, layer: str, index: Tensor, position: tuple[int, int
     if given.is_floating_point():
         raise TypeError(f"position has dtype {given.dtype}; it must be integers")
     where = _broadcast("position", given.long(), (*index.shape, 2), single)
-    limit = torch.tensor(map_.shape[2:], device=map_.device)
-    wrong = where[((where < 0) | (where >= limit)).any(-1)]
-    if len(wrong):
+    y, x = where.unbind(-1)
+    outside = (where < 0).any(-1) | (y >= map_.shape[2]) | (x >= map_.shape[3])
+    if not core.capturing(where) and outside.any():
+        wrong = where[outside]
         raise IndexError(
             f"position has {tuple(wrong[0].tolist())}; maps of layer {layer!r} have {map_.shape[2]} rows "
             f"and {map_.shape[3]} columns"

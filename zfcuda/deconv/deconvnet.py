@@ -25,7 +25,7 @@ from zfcuda.deconv.asked import (
 from zfcuda.deconv.dense import Record
 from zfcuda.deconv.graph import trace
 from zfcuda.deconv.layers import describe
-from zfcuda.deconv.local import Crops, Local, cut, paste
+from zfcuda.deconv.local import Crops, Local, boxes, cut, paste
 from zfcuda.deconv.mined import Mined
 from zfcuda.deconv.node import laid_out
 from zfcuda.deconv.projections import Projections, project_mined
@@ -290,6 +290,11 @@ class DeconvNet:
             For a unit or a position out of range.
         RuntimeError
             For units, positions or starts of a wrong shape.
+
+        Notes
+        -----
+        It can be captured into a CUDA graph, forward pass included, if units, positions and starts are tensors on the
+        device; their values are then not checked, and activations that agree do not share work.
         """
         record = record if isinstance(record, Record) else self(record)
         top = self.graph.find(layer)
@@ -394,8 +399,7 @@ class DeconvNet:
             out[rows] = dense_path.down(
                 self.graph, top, signal, record, rows // index.shape[1], asked.gate, asked.overlap
             )
-        box = torch.tensor([0, 0, *record.images.shape[2:]], device=index.device)
-        return Crops(out, box.expand(index.numel(), 4))
+        return Crops(out, boxes(index.new_zeros(index.numel(), 2), record.images.shape[2:]))
 
     def _chunk(self, record: Record, top: int) -> int:
         """Projections that go down together, so that memory stays bounded."""

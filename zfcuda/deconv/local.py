@@ -7,16 +7,17 @@ grown so much that a step's result would leave the cache, the batch goes on in p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from zfcuda import ops
+from zfcuda import core, ops
 from zfcuda.deconv.windows import Kept, Path, Stage, unpack_bits
 
-__all__ = ["Crops", "Local", "cut", "paste"]
+__all__ = ["Crops", "Local", "boxes", "cut", "paste"]
 
 #: Largest result of a step, but for a single window.
 STEP_BYTES = 4 * 2**20
@@ -67,7 +68,7 @@ class Local:
         #: value (it scales with its size) and on how much of the windows so far lies outside their maps: activations
         #: that agree in these go down as one.
         self.shared = next((i for i, step in enumerate(self.steps) if step.sees_image), len(self.steps))
-        if self.shared == 1:  # a copy of the filter
+        if self.shared == 1 or core.capturing(like):  # a copy of the filter; how many agree is not known
             self.shared = 0
         #: Of one activation: its switches and its pixels.
         self.bytes = kept + prod(path.pixels.size) * channels * like.element_size()
@@ -77,8 +78,7 @@ class Local:
         size = self.path.pixels.size
         pixels = starts.new_empty(len(units), *size, self.image_channels)
         self._down(self.shared, self._above(units, starts, positions, kept), positions, kept, pixels)
-        origins = self.path.pixels.origins(positions)
-        return Crops(pixels.permute(0, 3, 1, 2), torch.cat((origins, origins + origins.new_tensor(size)), 1))
+        return Crops(pixels.permute(0, 3, 1, 2), boxes(self.path.pixels.origins(positions), size))
 
     def _above(self, units: Tensor, starts: Tensor, positions: Tensor, kept: Kept) -> Tensor:
         """The signal above step ``shared``, for each activation."""
@@ -193,7 +193,13 @@ def cut(images: Tensor, origins: Tensor, size: tuple[int, int]) -> Crops:
     """A crop of each image (n, C, height, width), zero outside it."""
     each = torch.arange(len(images), device=images.device)
     pixels = ops.crop_windows(images.permute(0, 2, 3, 1), each, origins, size)
-    return Crops(pixels.permute(0, 3, 1, 2), torch.cat((origins, origins + origins.new_tensor(size)), 1))
+    return Crops(pixels.permute(0, 3, 1, 2), boxes(origins, size))
+
+
+def boxes(origins: Tensor, size: Sequence[int]) -> Tensor:
+    """Boxes (n, 4) of a size, from their first pixels (n, 2)."""
+    top, left = origins.unbind(1)
+    return torch.stack((top, left, top + size[0], left + size[1]), 1)
 
 
 def paste(crops: Crops, size: torch.Size) -> Tensor:

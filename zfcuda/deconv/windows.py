@@ -47,9 +47,9 @@ class Level:
 
     def outside(self, positions: Tensor) -> Tensor:
         """Rows and columns of each window that lie outside the map: int64 (n, 4), before it and behind it."""
-        before = -self.origins(positions)
-        behind = before.new_tensor(self.size) - before.new_tensor(self.map_size) - before
-        return torch.cat((before, behind), 1).clamp(min=0)
+        top, left = self.origins(positions).unbind(1)
+        (h, w), (height, width) = self.size, self.map_size
+        return torch.stack((-top, -left, top + (h - height), left + (w - width)), 1).clamp(min=0)
 
     def padding(self, outside: Tensor) -> Tensor:
         """Where windows of which so much is `outside` lie there: bool (n, height, width, 1)."""
@@ -62,7 +62,8 @@ class Level:
 
     def origins(self, positions: Tensor) -> Tensor:
         """The first position of each window: int64 (n, 2) from the layer's positions (n, 2)."""
-        return positions * positions.new_tensor(self.jump) + positions.new_tensor(self.start)
+        y, x = positions.unbind(-1)
+        return torch.stack((y * self.jump[0] + self.start[0], x * self.jump[1] + self.start[1]), -1)
 
 
 @dataclass(frozen=True)

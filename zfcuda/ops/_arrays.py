@@ -1,9 +1,10 @@
-"""NumPy's, CuPy's and other libraries' arrays as arguments, by DLPack: no copy in, no copy out."""
+"""NumPy's, CuPy's and other libraries' arrays as arguments, by DLPack: no copy in, no copy out, on their stream."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["on_arrays"]
+
+#: A CUDA device, to DLPack.
+_DL_CUDA = 2
 
 
 def on_arrays(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -28,14 +32,32 @@ def on_arrays(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         return function(*args, **kwargs)
     kind = type(first)
     writes = function.__name__.endswith("_")
-    tensors = [_with_tensors(a, kind, writes) for a in args]
-    named = {name: _with_tensors(a, kind, writes or name == "out") for name, a in kwargs.items()}
-    results = function(*tensors, **named)
-    return tuple(_array(r, first) for r in results) if isinstance(results, tuple) else _array(results, first)
+    with _stream_of(first):
+        tensors = [_with_tensors(a, kind, writes) for a in args]
+        named = {name: _with_tensors(a, kind, writes or name == "out") for name, a in kwargs.items()}
+        results = function(*tensors, **named)
+        return tuple(_array(r, first) for r in results) if isinstance(results, tuple) else _array(results, first)
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "__dlpack__") and not isinstance(value, (Tensor, np.generic))
+
+
+def _stream_of(array: Any) -> AbstractContextManager[Any]:
+    """Torch works on the stream that is current in CuPy, so that neither waits for the other."""
+    kind, device = array.__dlpack_device__()
+    library = _library(array)
+    if int(kind) != _DL_CUDA or not hasattr(library, "cuda"):
+        return nullcontext()
+    pointer = library.cuda.get_current_stream().ptr
+    where = torch.device("cuda", device)
+    if pointer == 0:  # which ExternalStream takes for none
+        return torch.cuda.stream(torch.cuda.default_stream(where))
+    return torch.cuda.stream(torch.cuda.ExternalStream(pointer, where))
+
+
+def _library(array: Any) -> Any:
+    return importlib.import_module(type(array).__module__.partition(".")[0])
 
 
 def _with_tensors(value: Any, kind: type, written: bool) -> Any:
@@ -69,9 +91,7 @@ def _array(tensor: Tensor, like: Any) -> Any:
     """The tensor's memory, as an array of the kind of ``like``."""
     if isinstance(like, np.ndarray):
         return tensor.numpy()  # NumPy takes older versions of DLPack for memory that it may not write to
-    library = importlib.import_module(type(like).__module__.partition(".")[0])
-    if hasattr(like, "__array_namespace__"):
-        library = like.__array_namespace__()
+    library = like.__array_namespace__() if hasattr(like, "__array_namespace__") else _library(like)
     return library.from_dlpack(tensor)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zfcuda import core
@@ -125,7 +124,7 @@ def _could_be_pooled(window: Window, size: list[int], pooled: list[int]) -> bool
 
 def check_switch_values(switches: Tensor, shape: tuple[int, ...], window: Window, size: Sequence[int]) -> None:
     """Raise RuntimeError at the first switch that points out of its window or out of the output."""
-    if switches.is_cuda and torch.cuda.is_current_stream_capturing():
+    if core.capturing(switches):
         return
     first = core.find("find_invalid_switch", switches, shape, switches)
     if first >= 0:
