@@ -120,12 +120,12 @@ def roofline(record: Record, mode: str) -> Figure | None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     intensities = [case.flops / case.bytes for case in counted]
-    left, right = min(intensities) / 2, max(intensities) * 2
     roofs = [("measured", record.ceilings[mode], "-")]
     roofs += [("data sheet", record.datasheet[mode], "--")] if mode in record.datasheet else []
+    ridges = [ceiling["flops"] / ceiling["bytes"] for _, ceiling, _ in roofs]
+    left, right = min(intensities + ridges) / 2, max(intensities + ridges) * 2
     for label, ceiling, style in roofs:
-        ridge = ceiling["flops"] / ceiling["bytes"]
-        xs = [left, min(max(ridge, left), right), right]
+        xs = [left, ceiling["flops"] / ceiling["bytes"], right]
         ys = [min(ceiling["flops"], ceiling["bytes"] * x) / 1e12 for x in xs]
         axes.plot(xs, ys, style, color=ROOF, label=f"{label}: copy and product")
     markers = _markers(counted)
