@@ -10,7 +10,7 @@ SOURCES = pyproject.toml setup.py $(shell find csrc -type f -not -name '*.pyc')
 TORCH_CPU = $(BIN)/pip install --no-deps --retries 1 --index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' \
     && $(BIN)/pip install --no-deps 'torchvision==0.28.0'
 
-.PHONY: demo test coverage bench gpu-tests kernels model banks operators lint docs
+.PHONY: demo test coverage bench gpu kernels model banks operators lint docs
 demo: $(VENV)/demo
 	$(BIN)/zfcuda demo
 
@@ -20,12 +20,14 @@ test: $(VENV)/dev
 coverage: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest --ignore tests/simt -k simt --simt-coverage 98
 
-bench: $(VENV)/dev
-	$(BIN)/pytest -n 0 benchmarks
+bench: $(VENV)/dev # make bench BENCH=--quick
+	$(BIN)/zfcuda bench --output build/bench $(BENCH)
 
-gpu-tests: $(VENV)/dev
-	$(BIN)/zfcuda info
-	$(BIN)/pytest -n 0 -m gpu
+# Everything that this machine's GPU can tell, as one archive for an issue; make gpu GPU=--sanitize. A build that fails
+# is a part of the report, so it must not end here.
+gpu: | $(VENV)/torch
+	$(BIN)/pip install -e '.[dev]' --log $(VENV)/build.log || ZFCUDA_CUDA=off $(BIN)/pip install -e '.[dev]'
+	$(BIN)/zfcuda gpu-report --output build/gpu-report $(GPU)
 
 kernels: $(VENV)/dev
 	$(BIN)/python tests/static/cutlass.py > docs/kernels.md

@@ -1,7 +1,7 @@
 """What mining costs beside the forward passes that it needs, as a function of the number of images.
 
-``python benchmarks/bench_mining.py [--rounds 12] [--threads 1]``: two to three minutes on one core. Full-size ZFNet,
-its five convolutions, batches of 32. Each round times, in turn:
+``python benchmarks/bench_mining.py [--rounds 12] [--threads 1]``: two to three minutes on one core. ZFNet's five
+convolutions, batches of 32, as in the case of ``zfcuda bench``. Each round times, in turn:
 
 * the forward pass alone, by the same executor, on the same batch;
 * a batch of mining in which no entry, or so many entries, enter the lists, their windows of patches and switches
@@ -22,16 +22,19 @@ import statistics
 import time
 
 import torch
+from conftest import cases
 
-import zfcuda
-from zfcuda.deconv.batches import Batch
-from zfcuda.deconv.collector import Collector, Settings
+from zfcuda.bench.mining import TOP, Miner
 
-BATCH, TOP = 32, 9
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+BATCH = 32
 #: Maps with an empty list, into which the nine strongest of a batch enter; the lists of the others are closed.
 OPEN = (0, 64, 256)
 LIMIT, MANY = 0.03, 10_000
+
+
+@cases("mining")
+def bench_mining(contest, setting, case) -> None:
+    contest(setting, case)
 
 
 class Clock:
@@ -48,38 +51,34 @@ class Clock:
             self.seconds += time.perf_counter() - start
 
 
-def net() -> zfcuda.DeconvNet:
-    model = zfcuda.models.zfnet().eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.kaiming_normal_(parameter)
-    return zfcuda.DeconvNet(model)
-
-
-def mining_batch(collector: Collector, batch: Batch, open_maps: int) -> tuple[float, float, int]:
+def mining_batch(miner: Miner, open_maps: int) -> tuple[float, float, int]:
     """Seconds of a batch of mining, those of the forward pass within it, and the entries that entered."""
-    ranking, run = collector.ranking, collector.net.graph.run
-    ranking.values[:], ranking.images[:] = torch.inf, 0
-    chosen = torch.randperm(len(ranking.values))[:open_maps].numpy()
-    ranking.values[chosen], ranking.images[chosen] = 0, -1
+    collector = miner.collector
+    graph, images = collector.net.graph, collector.ranking.images
+    chosen = miner.close(open_maps)
     maxima = Clock(type(collector)._maxima.__get__(collector))
     collector._maxima = maxima
-    forward = Clock(run)
-    object.__setattr__(collector.net.graph, "run", forward)
+    forward = Clock(graph.run)
+    object.__setattr__(graph, "run", forward)
     start = time.perf_counter()
-    collector.absorb(batch)
+    collector.absorb(miner.batch)
     total = time.perf_counter() - start
-    object.__delattr__(collector.net.graph, "run")
-    return total, forward.seconds - maxima.seconds, int((ranking.images[chosen] >= 0).sum())
+    object.__delattr__(graph, "run")
+    del collector._maxima
+    return total, forward.seconds - maxima.seconds, int((images[chosen] >= 0).sum())
 
 
-def rival(graph, nodes: dict[int, int], images: torch.Tensor, lists: list[torch.Tensor]) -> None:
+def rival(miner: Miner, lists: dict[int, torch.Tensor]) -> None:
+    """The forward pass by our executor, a maximum and a top-9 by torch."""
+    nodes = {target.node for target in miner.collector.targets}
+
     def visit(i, output, _):
         if i in nodes:
             values, _ = output.flatten(2).max(2)
-            lists[nodes[i]] = torch.cat([lists[nodes[i]], values.T], 1).topk(TOP).values
+            old = lists.get(i, torch.zeros(values.shape[1], TOP))
+            lists[i] = torch.cat([old, values.T], 1).topk(TOP).values
 
-    graph.run(images, visit, max(nodes))
+    miner.collector.net.graph.run(miner.batch.images, visit, max(nodes))
 
 
 def overhead(count: int, maps: int, forward: float, fixed: float, each: float) -> float:
@@ -95,25 +94,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    deconvnet = net()
-    graph = deconvnet.graph
-    images = torch.randn(BATCH, 3, 224, 224)
-    batch = Batch(0, images, torch.ones(BATCH, dtype=torch.bool), [None] * BATCH)
-    collector = Collector(deconvnet, Settings(LAYERS, TOP, 1, ("deconvnet",), 2**31), (3, 224, 224))
-    print(collector.describe_memory())
-    nodes = {graph.find(name): i for i, name in enumerate(LAYERS)}
-    lists = [torch.zeros(t.count, TOP) for t in collector.targets]
-    mining_batch(collector, batch, len(collector.ranking.values))  # touches all of the memory
-    last = max(t.pooled_by or t.node for t in collector.targets)
+    miner = Miner.of(torch.randn(BATCH, 3, 224, 224))
+    lists: dict[int, torch.Tensor] = {}
+    maps = len(miner.collector.ranking.values)
+    print(miner.collector.describe_memory())
+    mining_batch(miner, maps)  # touches all of the memory
     forward, rivals = [], []
     own: dict[int, list[float]] = {n: [] for n in OPEN}
     entries: dict[int, int] = {}
     for round_ in range(options.rounds + 1):
-        bare, other = Clock(graph.run), Clock(rival)
-        bare(images, None, last)
-        other(graph, nodes, images, lists)
+        bare, other = Clock(miner.forward), Clock(rival)
+        bare()
+        other(miner, lists)
         for n in OPEN:
-            total, inside, entries[n] = mining_batch(collector, batch, n)
+            total, inside, entries[n] = mining_batch(miner, n)
             if round_:
                 own[n].append(total - inside)
         if round_:
@@ -128,7 +122,7 @@ def main() -> None:
     print(f"mining a batch: {fixed * 1e3:.2f} ms and {each * 1e6:.0f} us an entry")
     slower = 100 * (statistics.median(rivals) / seconds - 1)
     print(f"rival, max and top-{TOP} by torch: {slower:.1f} % of the forward pass")
-    costs = len(collector.ranking.values), seconds, fixed, each
+    costs = maps, seconds, fixed, each
     for count in (100, 1_000, MANY, 50_000, 100_000, 1_000_000):
         print(f"{count:>9,} images: {100 * overhead(count, *costs):5.2f} % over the forward pass")
     if overhead(MANY, *costs) > LIMIT:

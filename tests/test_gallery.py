@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote, unquote, urlparse
 
+import browsers
 import galleries
 import numpy as np
 import pytest
@@ -29,19 +30,11 @@ from zfcuda.report import pictures
 from zfcuda.report.gallery import gallery
 from zfcuda.report.tiles import Painter
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=path)
+    with browsers.chromium() as running:
         yield running
-        running.close()
 
 
 class Reader:
@@ -52,12 +45,9 @@ class Reader:
         self.context = browser.new_context(**{"viewport": {"width": 1300, "height": 850}, **options})
         self.page = self.context.new_page()
         self.page.set_default_timeout(20_000)
-        self.said: list[str] = []
-        self.asked: list[str] = []
-        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        watched = browsers.watch(self.page)
+        self.said: list[str] = watched.said
+        self.asked: list[str] = watched.asked
 
     def open(self, address: str = ""):
         self.page.goto((self.folder / "index.html").as_uri() + address)

@@ -196,6 +196,17 @@ def test_what_is_kept_projects_as_the_images_do():
             assert torch.equal(pixels, expected)
 
 
+def test_units_are_projected_in_the_order_in_which_they_are_asked_for():
+    net, images = zfcuda.DeconvNet(small_net(), (19, 17)), images_of(9)
+    mined = mine(net, Listed(images), LAYERS, top=3, progress=False)
+    for layer in LAYERS:
+        units = [unit for unit, count in enumerate(mined[layer].count.tolist()) if count][::-1]
+        parts = [net.project_mined(mined, layer, [unit]) for unit in units]
+        together = net.project_mined(mined, layer, units)
+        assert together.units.unique_consecutive().tolist() == units
+        assert torch.equal(together.pixels, torch.cat([part.pixels for part in parts]))
+
+
 def test_a_second_mining_neither_sees_nor_changes_the_first():
     net = zfcuda.DeconvNet(small_net())
     images, others = images_of(18), images_of(23, seed=1)

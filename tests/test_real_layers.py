@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from oracles import Sample, check_exact, check_values, normal, whole_numbers
 
-from benchmarks.layers import CONVOLUTIONS, NORMS, POOLS
 from zfcuda import ops, reference
+from zfcuda.bench.shapes import CONVOLUTIONS, NORMS, POOLS
 
 pytestmark = [
     pytest.mark.slow,

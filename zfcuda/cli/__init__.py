@@ -11,7 +11,7 @@ import click
 
 import zfcuda
 from zfcuda.cli import options
-from zfcuda.cli.options import CONFIG, GATES, IMAGES, JSON, MINING, MODEL, Commands
+from zfcuda.cli.options import CONFIG, EXISTING, FOLDER, GATES, IMAGES, JSON, MINING, MODEL, Commands
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=options.EXIT_CODES)
@@ -39,7 +39,7 @@ def info(as_json: bool) -> None:
 @main.command()
 @click.option(
     "--output",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default=Path("zfcuda-demo"),
     show_default=True,
     help="Folder for the page, the figures and the checkpoint.",
@@ -54,6 +54,75 @@ def demo(output: Path, seed: int, steps: int | None) -> None:
     from zfcuda.demo import Recipe, run
 
     run(output, Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps))
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="One image, the first layers, no compilers: under three minutes.")
+@click.option("-k", "--filter", "wanted", multiple=True, metavar="NAME", help="Cases with NAME in theirs; repeatable.")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: a GPU if there is one]")
+@click.option("--threads", type=click.IntRange(1), help="Of a processor.  [default: all that this process may use]")
+@click.option(
+    "--compare", "earlier", type=EXISTING, help="The bench.json of an earlier run, for a verdict on each case."
+)
+@click.option("--output", type=FOLDER, default=Path("zfcuda-bench"), show_default=True, help="Folder of the results.")
+def bench(**given: Any) -> None:
+    """Time everything beside every rival that is installed: torch, torch.compile, captum, ONNX Runtime, OpenVINO.
+
+    Writes OUTPUT/bench.json, OUTPUT/report.html and figures. Contenders take turns, on pinned threads; rivals that are
+    missing are named: pip install 'zfcuda[bench]' brings them. The full run trains a network first, and takes about
+    an hour on two cores; with --output of an earlier run it finds that network again.
+
+    With --compare the exit code is 3 if anything of ours is slower than in the earlier record, by more than 5 % and by
+    more than chance explains.
+
+    \b
+    Examples:
+      zfcuda bench --quick
+      zfcuda bench -k layers/conv1 --threads 1
+      zfcuda bench --quick --compare zfcuda-bench/bench.json --output new
+    """
+    import sys
+
+    from rich.console import Console
+
+    from zfcuda import bench
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+
+    def show(*parts: Any) -> None:
+        for part in parts:
+            console.print(part, highlight=False)
+
+    result = bench.run(**given, command=" ".join(["zfcuda", *sys.argv[1:]]), show=show)
+    console.print(f"The report: {result.page}", highlight=False, soft_wrap=True)
+    if result.slower:
+        raise SystemExit(options.SLOWER)
+
+
+@main.command("gpu-report")
+@click.option("--output", type=FOLDER, default=Path("zfcuda-gpu-report"), show_default=True, help="A new folder.")
+@click.option("--source", type=FOLDER, default=Path(), help="A clone of the repository.  [default: this folder]")
+@click.option("--device", default="cuda", show_default=True, help="cpu rehearses the steps without a GPU.")
+@click.option("--sanitize", is_flag=True, help="The operators' tests under compute-sanitizer, too: hours.")
+@click.option("--quick", is_flag=True, help="The quick benchmarks.")
+def gpu_report(output: Path, source: Path, device: str, sanitize: bool, quick: bool) -> None:
+    """Build, test and time everything on this machine's GPU, into one ZIP file to attach to an issue.
+
+    Steps that fail are recorded, and the next ones go on; the exit code is 1 if any did. `make gpu` installs what it
+    needs and calls it.
+    """
+    from zfcuda.bench import gpu
+
+    if not (source / "setup.py").is_file():
+        raise ValueError(f"source is {str(source)!r}, which is no clone of zfcuda's repository: there is no setup.py")
+    todo = gpu.steps(output, source, device, quick, sanitize)
+    done = gpu.run_steps(todo, output, source, click.echo)
+    gpu.report_of(output, done)
+    click.echo(f"Please attach {gpu.archive(output)} to an issue.")
+    if not all(step.good for step in done):
+        raise SystemExit(1)
 
 
 @main.command()

@@ -18,8 +18,10 @@ Exit codes:
   0    done
   1    failed: the message on stderr says why, and what to do
   2    wrong arguments: an unknown option, model, layer or unit
+  3    bench --compare: slower than the earlier record
   130  stopped with Ctrl-C; mine, gallery and demo go on from there when called again
 """
+SLOWER = 3
 CONTINUED = ("demo", "gallery", "mine")
 FAILURES = (OSError, RuntimeError, TypeError, ImportError)
 WRONG_ARGUMENTS = (ValueError, IndexError)
@@ -170,9 +172,11 @@ def file_option(name: str, help: str) -> Callable[[Any], Any]:
     return click.option(name, type=click.Path(path_type=Path), help=help)
 
 
+EXISTING = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 CONFIG = click.option(
     "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=EXISTING,
     is_eager=True,
     expose_value=False,
     callback=_read_config,
@@ -192,7 +196,7 @@ IMAGES = _combine(
     click.option("--std", type=Numbers(float, "R,G,B"), help="Then divided by.  [default: the model's]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, where random."),
     click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1.  [default: a GPU where there is one]"),
-    click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder.  [default: MODEL-DATA]"),
+    click.option("--output", type=FOLDER, help="Folder.  [default: MODEL-DATA]"),
 )
 MINING = _combine(
     click.option("--layers", type=Names(), help="Of those that `zfcuda layers` lists.  [default: all convolutions]"),

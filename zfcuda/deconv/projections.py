@@ -132,7 +132,8 @@ def _down(
 def _consecutive(entries: Tensor) -> slice | tuple[Tensor]:
     """An index of these rows; one that copies nothing where they follow one another."""
     first, last = int(entries[0]), int(entries[-1]) + 1
-    return slice(first, last) if torch.equal(entries, torch.arange(first, last)) else (entries,)
+    follow = last - first == len(entries) and torch.equal(entries, torch.arange(first, last))
+    return slice(first, last) if follow else (entries,)
 
 
 def _from_images(net: DeconvNet, found: MinedLayer, rows: Rows, gate: Gate, passes: Passes) -> Iterator[Projections]:

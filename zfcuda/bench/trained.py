@@ -1,9 +1,8 @@
 """Full-width ZFNet with trained convolutions, for benchmarks whose time depends on how sparse the signals are.
 
-No trained ZFNet ships in a package, so this trains one with the demo's recipe at the paper's widths (about six minutes
-on one core, once; kept in ``build/``). The convolutions do not depend on the image's size, so they serve 224 x 224.
-
-    python benchmarks/trained.py    # train now
+No trained ZFNet ships in a package, so this trains one with the demo's recipe at the paper's widths: about six minutes
+on one core, once, kept in the folder of the results. The convolutions do not depend on the image's size, so they serve
+224 x 224.
 """
 
 from __future__ import annotations
@@ -20,15 +19,17 @@ from zfcuda.models import ZFNet, zfnet
 
 WIDTHS = (96, 256, 384, 384, 256)
 RECIPE = Recipe(widths=WIDTHS, steps=600)
-STATE = Path(__file__).parents[1] / "build" / "trained"
 
 
-def trained_zfnet(fc_width: int = 8) -> ZFNet:
-    """ZFNet for 224 x 224, convolutions trained on photographs; the fully connected layers are narrow and random."""
+def trained_zfnet(state: Path, fc_width: int = 8) -> ZFNet:
+    """ZFNet for 224 x 224, convolutions trained on photographs; the fully connected layers are narrow and random.
+
+    ``state`` is the folder where training is kept, and goes on from.
+    """
     photographs = data.load_photographs()
     windows = data.sample_windows(photographs, 4000, np.random.default_rng(RECIPE.seed), held_out=False)
     pixels, photos = data.cut(photographs, windows, RECIPE.size), torch.tensor([w.photo for w in windows])
-    training = train(RECIPE, len(photographs) * data.TURNS, pixels, photos, Stages(STATE), _report)
+    training = train(RECIPE, len(photographs) * data.TURNS, pixels, photos, Stages(state), _report)
     net = zfnet(10, fc_width=fc_width)
     net.load_state_dict({k: v for k, v in training.net.state_dict().items() if k.startswith("conv")}, strict=False)
     return net.eval()
@@ -46,7 +47,3 @@ def _report(training: object) -> None:
     step = getattr(training, "step", 0)
     if step % 50 == 0:
         print(f"training full-width ZFNet: step {step} of {RECIPE.steps}", flush=True)
-
-
-if __name__ == "__main__":
-    trained_zfnet()

@@ -24,6 +24,21 @@ class Conv:
         """What the transposed convolution needs to return to ``size``."""
         return self.size - ((self.out_size - 1) * self.stride - 2 * self.padding + self.kernel)
 
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.maps, self.channels, self.kernel, self.kernel
+
+    @property
+    def weights(self) -> int:
+        return self.maps * self.channels * self.kernel**2
+
+    def inputs(self, batch: int) -> int:
+        return batch * self.channels * self.size**2
+
+    def elements(self, batch: int) -> int:
+        """Of input, weight and maps."""
+        return self.inputs(batch) + self.weights + batch * self.maps * self.out_size**2
+
     def flops(self, batch: int) -> int:
         return 2 * batch * self.out_size**2 * self.maps * self.channels * self.kernel**2
 
@@ -50,3 +65,5 @@ CONVOLUTIONS = (
 )
 POOLS = (Map("pool1", 96, 110), Map("pool2", 256, 26), Map("pool5", 256, 13))
 NORMS = (Map("norm1", 96, 55), Map("norm2", 256, 13))
+#: The convolutions that a pool follows, with its input.
+POOLED = tuple((conv, pool) for conv in CONVOLUTIONS for pool in POOLS if conv.name[4:] == pool.name[4:])

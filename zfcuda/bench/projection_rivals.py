@@ -1,20 +1,22 @@
 """Other ways to project activations of ZFNet to pixels: captum, and two that one would write in plain torch.
 
-Each is timed in the format and batch that suits it best. They are given every advantage that leaves the result
-the same: int64 switches ready on the right scale, the first step as a slice of the filters, crops without
-clipping at the image's border.
+Each is timed in the format and batch that suits it best. They are given every advantage: int64 switches ready on the
+right scale, the first step as a slice of the filters, crops without clipping at the image's border (where their results
+are wrong, therefore).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
-from captum.attr import NeuronDeconvolution
-from torch import Tensor, nn
+from torch import Tensor
 
+from zfcuda.bench.nets import torch_twin
+from zfcuda.bench.rivals import need
 from zfcuda.deconv import Record
 from zfcuda.models import ZFNet
 
@@ -42,6 +44,18 @@ class Activations:
     def first_step(self) -> Tensor:
         """The filters of the units, times the activations: the signal below the layer."""
         return self.weight(self.layer)[self.units] * self.values[:, None, None, None]
+
+
+def in_float64(sample: Activations) -> Activations:
+    """The same activations and switches, so that `dense` computes in float64."""
+    record = sample.record
+    maps = {name: map_.double() for name, map_ in record.maps.items()}
+    return replace(
+        sample,
+        net=copy.deepcopy(sample.net).double(),
+        record=Record(record.images, maps, record.switches, record.logits),
+        values=sample.values.double(),
+    )
 
 
 def _unpool(signal: Tensor, indices: Tensor, below: Tensor) -> Tensor:
@@ -79,7 +93,7 @@ def _placed(sample: Activations) -> Tensor:
     stride, padding, _ = SLIDES[sample.layer]
     below = {1: (3, 224), 2: (96, 55), 3: (256, 13), 4: (384, 13), 5: (384, 13)}[sample.layer]
     kernel = sample.weight(sample.layer).shape[-1]
-    whole = torch.zeros(len(sample.units), below[0], *(below[1] + 2 * padding + kernel,) * 2)
+    whole = sample.values.new_zeros(len(sample.units), below[0], *(below[1] + 2 * padding + kernel,) * 2)
     for i, (filter_, (y, x)) in enumerate(zip(sample.first_step(), sample.positions.tolist(), strict=True)):
         whole[i, :, y * stride : y * stride + kernel, x * stride : x * stride + kernel] = filter_
     return whole[:, :, padding : padding + below[1], padding : padding + below[1]]
@@ -92,10 +106,10 @@ def crops(sample: Activations, channels_last: bool) -> Callable[[], Tensor]:
     for name, switches in sample.windows.items():
         taps = switches.permute(0, 3, 1, 2).long().clamp(max=8)  # 255, outside the map, goes to any place
         side = 2 * taps.shape[2] + 1
-        corner = 2 * torch.arange(taps.shape[2])
+        corner = 2 * torch.arange(taps.shape[2], device=taps.device)
         flat = (corner[:, None] + taps // 3) * side + corner + taps % 3
         indices[name] = flat.contiguous(memory_format=layout)
-        below[name] = torch.empty(*taps.shape[:2], side, side).contiguous(memory_format=layout)
+        below[name] = sample.values.new_empty(*taps.shape[:2], side, side).contiguous(memory_format=layout)
 
     def project() -> Tensor:
         signal = sample.first_step()
@@ -111,30 +125,13 @@ def crops(sample: Activations, channels_last: bool) -> Callable[[], Tensor]:
 
 def captum(sample: Activations) -> Callable[[], Tensor]:
     """captum's NeuronDeconvolution, all activations of the sample as one batch."""
-    net = with_relu_modules(sample.net)
+    attribution = need("captum.attr", "captum")
+    net = torch_twin(sample.net)
     each = torch.arange(len(sample.units))
-    method = NeuronDeconvolution(net, net.get_submodule(f"relu{sample.layer}"))
+    method = attribution.NeuronDeconvolution(net, net.get_submodule(f"relu{sample.layer}"))
 
     def neurons(map_: Tensor) -> Tensor:
         return map_[each, sample.units, sample.positions[:, 0], sample.positions[:, 1]]
 
     images = sample.images.clone().requires_grad_()
     return lambda: method.attribute(images, neuron_selector=neurons)
-
-
-def with_relu_modules(net: ZFNet) -> nn.Sequential:
-    """The net as captum needs it: torch's modules, each ReLU by itself."""
-    out = nn.Sequential()
-    for name, module in net.named_children():
-        if isinstance(module, nn.Conv2d):
-            conv = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
-            conv.load_state_dict(module.state_dict())
-            out.add_module(name, conv)
-            out.add_module(name.replace("conv", "relu"), nn.ReLU())
-        elif name.startswith("pool"):
-            out.add_module(name, nn.MaxPool2d(3, 2, ceil_mode=True))
-        elif name.startswith("norm"):
-            out.add_module(name, nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0))
-        else:
-            out.add_module(name, module)
-    return out.eval()

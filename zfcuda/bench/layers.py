@@ -1,0 +1,140 @@
+"""ZFNet's five convolutional layers: forward, fused with their pool and not, and both gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zfcuda import ops
+from zfcuda.bench.case import FORMATS, Built, Case, Contender, Mode, Outputs, Setting
+from zfcuda.bench.operators import pooled_outputs, pooled_reference, switched_outputs, torch_pool
+from zfcuda.bench.rivals import laid_out, ours, runtimes, torch_ways
+from zfcuda.bench.shapes import CONVOLUTIONS, POOLED, Conv
+from zfcuda.ops._conv import conv2d_weight_gradient
+
+
+def cases(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
+    """Quick ones: layers 1 and 3."""
+    batch = setting.batch
+    pools = dict(POOLED)
+    for mode in modes:
+        size = mode.dtype.itemsize
+        for conv in CONVOLUTIONS:
+            flops, tensors, quick = conv.flops(batch), size * conv.elements(batch), conv.name in ("conv1", "conv3")
+            case = partial(Case, "layers", mode=mode, flops=flops, quick=quick)
+            yield case(f"{conv.name} forward", build=partial(forward, conv), bytes=tensors)
+            if conv in pools:
+                pooled = batch * conv.maps * pools[conv].pooled_size ** 2
+                least = size * (conv.inputs(batch) + conv.weights + pooled) + pooled
+                yield case(f"{conv.name} forward with pool", build=partial(forward, conv, fused=True), bytes=least)
+            yield case(f"{conv.name} data gradient", build=partial(data_gradient, conv), bytes=tensors)
+            yield case(f"{conv.name} weight gradient", build=partial(weight_gradient, conv), bytes=tensors)
+
+
+def tensors_of(conv: Conv, setting: Setting, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, weight, bias."""
+    x = setting.normal(setting.batch, conv.channels, conv.size, conv.size, mode=mode)
+    scale = (conv.channels * conv.kernel**2) ** -0.5
+    return x, scale * setting.normal(*conv.weight_shape, mode=mode), 0.1 * setting.normal(conv.maps, mode=mode)
+
+
+def torch_layer(conv: Conv, fused: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    maps = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+    return torch_pool(maps) if fused else maps
+
+
+def cudnn_layer(conv: Conv, fused: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    """cuDNN's own fusion of convolution, bias and ReLU."""
+    maps = torch.cudnn_convolution_relu(x, weight, bias, [conv.stride] * 2, [conv.padding] * 2, [1, 1], 1)
+    return torch_pool(maps) if fused else maps
+
+
+def as_modules(conv: Conv, fused: bool, weight: Tensor, bias: Tensor) -> nn.Sequential:
+    layer = nn.Conv2d(conv.channels, conv.maps, conv.kernel, conv.stride, conv.padding)
+    layer.load_state_dict({"weight": weight, "bias": bias})
+    return nn.Sequential(layer, nn.ReLU(), *([nn.MaxPool2d(3, 2, ceil_mode=True)] if fused else []))
+
+
+def forward(conv: Conv, setting: Setting, mode: Mode, fused: bool = False) -> Built:
+    x, weight, bias = tensors_of(conv, setting, mode)
+    slide = conv.stride, conv.padding
+    window: dict[str, Any] = {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True} if fused else {}
+    call = partial(ops.conv2d_relu_max_pool2d if fused else ops.conv2d_relu, **window)
+    theirs = partial(torch_layer, conv, fused)
+    read = pooled_outputs if fused else Outputs.of
+    contenders = [
+        *ours(
+            call,
+            [x, weight, bias, *slide],
+            mode,
+            partial(switched_outputs, conv.out_size) if fused else Outputs.of,
+            (lambda result: result) if fused else None,
+        ),
+        *torch_ways(setting, theirs, [x, weight, bias], mode, read),
+    ]
+    if setting.kind == "cuda":
+        contenders += [
+            Contender(f"cuDNN convolution_relu {name}", partial(_cudnn, conv, fused, given, mode), read=read)
+            for name, layout in FORMATS.items()
+            for given in [laid_out([x, weight, bias], layout)]
+        ]
+    contenders += runtimes(
+        setting, as_modules(conv, fused, weight, bias), x, mode, lacks="records no switches" if fused else ""
+    )
+
+    def exact() -> Outputs:
+        maps = torch_layer(conv, False, x[:1].double(), weight.double(), bias.double())
+        return pooled_reference(maps) if fused else Outputs([maps])
+
+    return Built(contenders, exact)
+
+
+def _cudnn(conv: Conv, fused: bool, given: list[Tensor], mode: Mode) -> Any:
+    mode.require_torch()
+    return partial(cudnn_layer, conv, fused, *given)
+
+
+def _gradients(conv: Conv, of_data: bool, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """torch's."""
+    pairs = [conv.stride] * 2, [conv.padding] * 2, [1, 1]
+    mask = [of_data, not of_data, False]
+    both = torch.ops.aten.convolution_backward(grad, x, weight, None, *pairs, False, [0, 0], 1, mask)
+    return both[0 if of_data else 1]
+
+
+def _gradient_tensors(conv: Conv, setting: Setting, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, _ = tensors_of(conv, setting, mode)
+    return setting.normal(setting.batch, conv.maps, conv.out_size, conv.out_size, mode=mode), x, weight
+
+
+def data_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
+    grad, x, weight = _gradient_tensors(conv, setting, mode)
+    slide = conv.stride, conv.padding, conv.output_padding
+    return Built(
+        [
+            *ours(partial(ops.deconv2d, gate="none"), [grad, weight, None, *slide], mode),
+            *torch_ways(setting, partial(_gradients, conv, True), [grad, x, weight], mode),
+        ],
+        lambda: Outputs([_gradients(conv, True, grad[:1].double(), x[:1].double(), weight.double())]),
+    )
+
+
+def weight_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
+    grad, x, weight = _gradient_tensors(conv, setting, mode)
+    pairs = [conv.stride] * 2, [conv.padding] * 2, [1, 1], 1
+
+    def call(image: Tensor, signal: Tensor, filters: Tensor) -> Tensor:
+        return conv2d_weight_gradient(image, signal, None, filters, *pairs, "none", False)[0]
+
+    return Built(
+        [
+            *ours(call, [x, grad, weight], mode),
+            *torch_ways(setting, partial(_gradients, conv, False), [grad, x, weight], mode),
+        ],
+        lambda: Outputs([_gradients(conv, False, grad.double(), x.double(), weight.double())]),
+    )
