@@ -13,6 +13,10 @@ struct alignas(16) TapPixel {
     int y, x;
 };
 
+// Whether a source computes what it loads from much else.
+template <typename Source>
+constexpr bool kGathers = false;
+
 // The source is a tensor. A source's Value is what it loads.
 template <typename T>
 struct TensorSource {

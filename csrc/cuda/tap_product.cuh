@@ -89,18 +89,31 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
         return source.template load<kVector>(pixel.source + tap.source, pixel.y + tap.y,
                                              pixel.x + tap.x);
     };
-    const auto scalars = [&]() {
+    // To shared memory: load i.
+    const auto put = [&](int buffer, int i, const Staged& values) {
+        T* const to = left + buffer * Tile::kLeftSize;
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+            const int k = kChannelsLast ? load_k + j : load_k + i;
+            const int row = kChannelsLast ? load_row + i * kRowStep : load_row;
+            const T value = static_cast<T>(values.value[j]);
+            to[Tile::template slot<kM>(k, row)] = kTransposed && p.rectify ? rectify(value) : value;
+        }
+    };
+    // take(i, value) for the loads of a chunk, one after the other where the source gathers.
+    const auto scalars = [&](auto&& take) {
+        constexpr int kUnroll = kGathers<Source> ? 1 : kLoads;
         TapPixel tap = displacement(left_at.high, left_at.middle, left_at.low);
         if constexpr (kChannelsLast) {
-#pragma unroll
+#pragma unroll kUnroll
             for (int i = 0; i < kLoads; ++i)
-                staged[i] = fetch_left(pixels[load_row + i * kRowStep], tap);
+                take(i, fetch_left(pixels[load_row + i * kRowStep], tap));
         } else {
             Odometer at = left_at;
             const TapPixel own_pixel = pixels[load_row];
-#pragma unroll
+#pragma unroll kUnroll
             for (int i = 0; i < kLoads; ++i) {
-                staged[i] = fetch_left(own_pixel, tap);
+                take(i, fetch_left(own_pixel, tap));
                 next(at, tap);
             }
         }
@@ -145,11 +158,16 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     constexpr bool kVectors = kChannelsLast && kVector > 1;
     if constexpr (kVectors) enter_left();
     enter_right();
-    const auto fetch = [&]() {
+    // What is gathered goes to the free buffer at once: a loop of many loads would be long
+    // unrolled, and its registers are not needed while the chunk before it is multiplied.
+    constexpr bool kAtOnce = !kVectors && kGathers<Source>;
+    const auto fetch = [&](int buffer) {
         if constexpr (kVectors)
             vectors();
+        else if constexpr (kAtOnce)
+            scalars([&](int i, const Staged& value) { put(buffer, i, value); });
         else
-            scalars();
+            scalars([&](int i, const Staged& value) { staged[i] = value; });
         if (loads_right) {
 #pragma unroll
             for (int j = 0; j < kRight; ++j) {
@@ -162,17 +180,9 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
         }
     };
     auto stash = [&](int buffer) {
-        T* const to = left + buffer * Tile::kLeftSize;
+        if constexpr (!kAtOnce)
 #pragma unroll
-        for (int i = 0; i < kLoads; ++i)
-#pragma unroll
-            for (int j = 0; j < kVector; ++j) {
-                const int k = kChannelsLast ? load_k + j : load_k + i;
-                const int row = kChannelsLast ? load_row + i * kRowStep : load_row;
-                const T value = static_cast<T>(staged[i].value[j]);
-                to[Tile::template slot<kM>(k, row)] =
-                    kTransposed && p.rectify ? rectify(value) : value;
-            }
+            for (int i = 0; i < kLoads; ++i) put(buffer, i, staged[i]);
         if (loads_right)
 #pragma unroll
             for (int j = 0; j < kRight; ++j)
@@ -184,14 +194,14 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     const typename Tile::First first = Tile::first();
     const int chunks = (rows.count * columns.count * p.channels + kDepth - 1) / kDepth;
     if (chunks > 0) {
-        fetch();
+        fetch(0);
         stash(0);
     }
     __syncthreads();
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const bool more = chunk + 1 < chunks;
         const int buffer = chunk % 2;
-        if (more) fetch();
+        if (more) fetch(1 - buffer);
         Tile::multiply(first, left + buffer * Tile::kLeftSize, right + buffer * Tile::kRightSize,
                        sum);
         if (more) stash(1 - buffer);

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "pool_windows.cuh"
-#include "tap_plan.cuh"
+#include "tap_block.cuh"
 
 namespace zfcuda {
 
@@ -61,5 +61,8 @@ struct UnpooledSource {
         return sum;
     }
 };
+
+template <typename T>
+constexpr bool kGathers<UnpooledSource<T>> = true;
 
 }  // namespace zfcuda

@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where this file is run by its
 from operators import OPERATORS  # noqa: E402
 from oracles import Sample, normal  # noqa: E402
 
+import zfcuda  # noqa: E402
 from simt import build  # noqa: E402
 from simt.backend import Emulator  # noqa: E402
 from zfcuda import core, ops  # noqa: E402
@@ -131,7 +132,16 @@ EXPLAINED = [
 ]
 
 
-LAYOUTS, DTYPES = ("contiguous", "channels_last"), (torch.float32, torch.float64)
+LAYOUTS = ("contiguous", "channels_last")
+#: Dtypes, and how float32 is multiplied.
+MODES = (
+    (torch.float32, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float32, "3xtf32"),
+    (torch.float64, "ieee"),
+    (torch.float16, "ieee"),
+    (torch.bfloat16, "ieee"),
+)
 
 
 @contextmanager
@@ -154,6 +164,7 @@ def _samples() -> Iterator[tuple[Callable[..., Any], Sample]]:
         ((1, 16, 13, 12), (64, 16, 3, 3)),
         ((1, 5, 13, 12), (64, 5, 3, 3)),
         ((1, 8, 17, 16), (8, 8, 3, 3)),
+        ((1, 3, 17, 16), (96, 3, 7, 7)),
     ):
         yield ops.conv2d_relu, Sample([normal(*size), normal(*filters), normal(filters[0])], {"padding": 1})
         pool = {"pool_kernel_size": 3, "pool_stride": 2, "padding": 1}
@@ -165,13 +176,14 @@ def of_operators(emulator: Emulator) -> list[Access]:
     with in_place_of_the_cpu(emulator), recorded(emulator.controls) as found:
         for call, sample in _samples():
             for layout in LAYOUTS:
-                for dtype in DTYPES:
+                for dtype, mode in MODES:
                     mine = sample.on(torch.device("cpu"), dtype, layout)
-                    result = mine.call(call)
-                    first = result[0] if isinstance(result, tuple) else result
-                    if first.requires_grad:
-                        torch.autograd.grad(first, mine.leaves(), torch.ones_like(first))
-        for dtype in DTYPES:
+                    with zfcuda.set_fp32_precision(mode):
+                        result = mine.call(call)
+                        first = result[0] if isinstance(result, tuple) else result
+                        if first.requires_grad:
+                            torch.autograd.grad(first, mine.leaves(), torch.ones_like(first))
+        for dtype, _ in MODES:
             ops.renormalize_filters_(normal(40, 3, 5, 5).to(dtype), 0.5)
     return found
 
