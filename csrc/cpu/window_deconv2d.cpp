@@ -32,6 +32,7 @@ template <typename T>
 void clip(const WindowShape& s, const std::int64_t* origin, const Sum<T>* from, T* to) {
     const std::int64_t line = s.in_width * s.in_channels;
     const auto inside = [](std::int64_t start, std::int64_t size, std::int64_t limit) {
+        start = std::clamp(start, -size, limit);  // farther away no number overflows, nor is inside
         const std::int64_t first = std::clamp<std::int64_t>(-start, 0, size);
         return std::pair(first, std::clamp<std::int64_t>(limit - start, first, size));
     };
