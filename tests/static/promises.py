@@ -24,36 +24,108 @@ class Product:
     copies_narrow: str = ""
 
 
+#: Sources that gather count whole in the loop, and so does what a loop does once in many chunks, where it enters a tap:
+#: their shares are poor lower bounds.
+_SPLIT = "factors are split into two tf32 in registers"
+_RUNS = "a run of a merged row begins at any element"
+
+
 def _conv(tile: str, how: str) -> str:
     """The products of tap_product.cuh on a tensor; ``how``: NHWC, channels of a load."""
     return (
-        rf"tap_gemm_kernel<\w+, Tile<{tile}>, \w+, {how}, TensorSource<\w+> >$"
+        rf"tap_gemm_kernel<\w+, Tile<{tile}>, false, {how}, TensorSource<\w+> >$"
         rf"|conv2d_relu_max_pool2d_kernel<\w+, Tile<{tile}>, {how}>$"
     )
 
 
-def _gathered(tile: str, how: str) -> str:
-    """The same on an unpooled source. The gathering in the loop counts whole, unrolled: a poor lower bound."""
-    return rf"tap_gemm_kernel<\w+, Tile<{tile}>, true, {how}, UnpooledSource<\w+> >$"
+def _transposed(tile: str, how: str, source: str) -> str:
+    """The same of the transposed convolution."""
+    return rf"tap_gemm_kernel<\w+, Tile<{tile}>, true, {how}, {source}Source<\w+> >$"
+
+
+def _mma(factors: str, tile: str, source: str) -> str:
+    """The products of tap_mma.cuh."""
+    return (
+        rf"tap_mma_kernel<{factors}, MmaTile<{tile}>, false, {source}Source<\w+> >$"
+        rf"|conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<{tile}>, {source}Source<\w+> >$"
+    )
+
+
+def _mma_down(factors: str, tile: str, source: str) -> str:
+    """The same of the transposed convolution."""
+    return rf"tap_mma_kernel<{factors}, MmaTile<{tile}>, true, {source}Source<\w+> >$"
+
+
+def _gradient(dtype: str, how: str, source: str) -> str:
+    return rf"weight_gradient_kernel<{dtype}, {how}, {source}Source<\w+> >$"
 
 
 PRODUCTS = [
-    Product(_conv("float, 128, 64", "false, 1"), 0.39, 10.6),
-    Product(_conv("float, 128, 64", "true, 1"), 0.47, 6.4),
-    Product(_conv("float, 128, 64", "true, 4"), 0.58, 9.1),
-    Product(_conv("float, 256, 16", "false, 1"), 0.16, 8.0),
-    Product(_conv("float, 256, 16", "true, 1"), 0.21, 2.6),
-    Product(_conv("float, 256, 16", "true, 4"), 0.35, 5.3),
-    Product(_conv("double, 64, 64", r"\w+, 1"), 0.14, 3.2),
-    Product(_gathered("float, 128, 64", r"\w+, 1"), 0.07, 6.4),
-    Product(_gathered("float, 128, 64", "true, 4"), 0.21, 9.8),
-    Product(_gathered("float, 256, 16", r"\w+, 1"), 0.02, 2.6),
-    Product(_gathered("float, 256, 16", "true, 4"), 0.06, 6.4),
-    Product(_gathered("double, 64, 64", r"\w+, 1"), 0.05, 3.2),
-    Product("weight_gradient_kernel<float, false, 1>", 0.32, 5.3),
-    Product("weight_gradient_kernel<float, true, 1>", 0.24, 6.9),
-    Product("weight_gradient_kernel<float, true, 4>", 0.52, 7.5),
-    Product("weight_gradient_kernel<double", 0.13, 3.2),
+    Product(_conv("float, 128, 64, 4", "false, 1"), 0.49, 10.2),
+    Product(_conv("float, 128, 64, 4", "true, 1"), 0.54, 8.0),
+    Product(_conv("float, 128, 64, 4", "true, 4"), 0.61, 9.8),
+    Product(_conv("float, 128, 128, 8", "true, 4"), 0.78, 15.0),
+    Product(_conv("float, 256, 16, 4", "false, 1"), 0.25, 7.5),
+    Product(_conv("float, 256, 16, 4", "true, 1"), 0.31, 4.0),
+    Product(_conv("float, 256, 16, 4", "true, 4"), 0.41, 6.4),
+    Product(_conv("double, 64, 64, 4", "false, 1"), 0.15, 3.7),
+    Product(_conv("double, 64, 64, 4", "true, 1"), 0.15, 3.5),
+    Product(_transposed("float, 128, 64, 4", "false, 1", "Masked"), 0.37, 10.2),
+    Product(_transposed("float, 128, 64, 4", "true, 1", "Masked"), 0.43, 6.4),
+    Product(_transposed("float, 128, 64, 4", "true, 4", "Masked"), 0.55, 9.8),
+    Product(_transposed("float, 256, 16, 4", "false, 1", "Masked"), 0.15, 7.5),
+    Product(_transposed("float, 256, 16, 4", "true, 1", "Masked"), 0.2, 2.6),
+    Product(_transposed("float, 256, 16, 4", "true, 4", "Masked"), 0.33, 6.4),
+    Product(_transposed("double, 64, 64, 4", "false, 1", "Masked"), 0.14, 3.7),
+    Product(_transposed("double, 64, 64, 4", "true, 1", "Masked"), 0.14, 3.2),
+    Product(_transposed("float, 128, 64, 4", "false, 1", "Unpooled"), 0.34, 10.2),
+    Product(_transposed("float, 128, 64, 4", "true, 1", "Unpooled"), 0.33, 9.8),
+    Product(_transposed("float, 128, 64, 4", "true, 4", "Unpooled"), 0.19, 9.4),
+    Product(_transposed("float, 256, 16, 4", "false, 1", "Unpooled"), 0.21, 7.5),
+    Product(_transposed("float, 256, 16, 4", "true, 1", "Unpooled"), 0.2, 7.1),
+    Product(_transposed("float, 256, 16, 4", "true, 4", "Unpooled"), 0.05, 5.8),
+    Product(_transposed("double, 64, 64, 4", "false, 1", "Unpooled"), 0.08, 3.7),
+    Product(_transposed("double, 64, 64, 4", "true, 1", "Unpooled"), 0.08, 3.5),
+    Product(_mma(r"Tf32", "128, 64, 64, 32", "Tensor"), 0.15, 2.1),
+    Product(_mma(r"Tf32", "128, 64, 64, 32", "Merged"), 0.1, 2.1, copies_narrow=_RUNS),
+    Product(_mma(r"Tf32", "128, 128, 64, 64", "Tensor"), 0.23, 3.3),
+    Product(_mma(r"Tf32", "128, 16, 32, 16", "Tensor"), 0.04, 0.6),
+    Product(_mma(r"Tf32", "128, 96, 64, 48", "Merged"), 0.14, 2.8, copies_narrow=_RUNS),
+    Product(_mma_down(r"Tf32", "128, 64, 64, 32", "Masked"), 0.09, 2.1),
+    Product(_mma_down(r"Tf32", "128, 128, 64, 64", "Masked"), 0.15, 3.3),
+    Product(_mma_down(r"Tf32", "128, 16, 32, 16", "Masked"), 0.02, 0.8),
+    Product(_mma_down(r"Tf32", "128, 64, 64, 32", "Unpooled"), 0.0, 2.1),
+    Product(_mma_down(r"Tf32", "128, 128, 64, 64", "Unpooled"), 0.01, 3.3),
+    Product(_mma_down(r"Tf32", "128, 16, 32, 16", "Unpooled"), 0.0, 0.8),
+    Product(_mma(r"Tf32x3", "128, 64, 64, 32", "Tensor"), 0.2, 6.4, converts=_SPLIT),
+    Product(_mma(r"Tf32x3", "128, 64, 64, 32", "Merged"), 0.17, 6.4, copies_narrow=_RUNS, converts=_SPLIT),
+    Product(_mma(r"Tf32x3", "128, 16, 32, 16", "Tensor"), 0.08, 2.0, converts=_SPLIT),
+    Product(_mma(r"Tf32x3", "128, 96, 64, 48", "Merged"), 0.21, 8.4, copies_narrow=_RUNS, converts=_SPLIT),
+    Product(_mma_down(r"Tf32x3", "128, 64, 64, 32", "Masked"), 0.16, 6.4, converts=_SPLIT),
+    Product(_mma_down(r"Tf32x3", "128, 16, 32, 16", "Masked"), 0.05, 2.6, converts=_SPLIT),
+    Product(_mma_down(r"Tf32x3", "128, 64, 64, 32", "Unpooled"), 0.02, 6.4, converts=_SPLIT),
+    Product(_mma_down(r"Tf32x3", "128, 16, 32, 16", "Unpooled"), 0.0, 2.6, converts=_SPLIT),
+    Product(_mma(r"Halves<\w+>", "128, 64, 64, 32", "Tensor"), 0.15, 2.1),
+    Product(_mma(r"Halves<\w+>", "128, 64, 64, 32", "Merged"), 0.05, 2.1),
+    Product(_mma(r"Halves<\w+>", "128, 128, 64, 64", "Tensor"), 0.23, 3.3),
+    Product(_mma(r"Halves<\w+>", "128, 16, 32, 16", "Tensor"), 0.04, 0.6),
+    Product(_mma(r"Halves<\w+>", "128, 96, 64, 48", "Merged"), 0.08, 2.8),
+    Product(_mma_down(r"Halves<\w+>", "128, 64, 64, 32", "Masked"), 0.05, 2.1),
+    Product(_mma_down(r"Halves<\w+>", "128, 128, 64, 64", "Masked"), 0.09, 3.3),
+    Product(_mma_down(r"Halves<\w+>", "128, 16, 32, 16", "Masked"), 0.01, 0.8),
+    Product(_mma_down(r"Halves<\w+>", "128, 64, 64, 32", "Unpooled"), 0.01, 2.1),
+    Product(_mma_down(r"Halves<\w+>", "128, 128, 64, 64", "Unpooled"), 0.02, 3.3),
+    Product(_mma_down(r"Halves<\w+>", "128, 16, 32, 16", "Unpooled"), 0.0, 0.8),
+    Product(_gradient(r"double", "false, 1", "Masked"), 0.14, 3.2),
+    Product(_gradient(r"double", "true, 1", "Masked"), 0.14, 3.6),
+    Product(_gradient(r"\w+", "false, 1", "Masked"), 0.32, 5.3),
+    Product(_gradient(r"\w+", "true, 1", "Masked"), 0.23, 6.9),
+    Product(_gradient(r"\w+", "true, 4", "Masked"), 0.49, 7.5),
+    Product(_gradient(r"double", "false, 1", "Unpooled"), 0.05, 3.2),
+    Product(_gradient(r"double", "true, 1", "Unpooled"), 0.05, 3.6),
+    Product(_gradient(r"\w+", "false, 1", "Unpooled"), 0.05, 5.3),
+    Product(_gradient(r"\w+", "true, 1", "Unpooled"), 0.05, 6.9),
+    Product(_gradient(r"\w+", "true, 4", "Unpooled"), 0.18, 7.5),
 ]
 
 #: Kernels that are compiled for vectors and yet load them by less than 16 bytes, and why.
