@@ -103,7 +103,9 @@ _EPILOGUE = "after the main loop, once a block"
 _DIVERGENT = "lanes pass over it unequally often, which the count puts together wrongly"
 EXPLAINED = [
     Explained(".*<double>", "from + i", 2, "main loop of float64 alone: the packs of a quad are 32 bytes apart"),
-    Explained("tap_gemm_kernel|conv2d_relu_max_pool2d_kernel", "to[tile_slot<kM>(k, row)]", 2, "NHWC by one channel"),
+    Explained(
+        "tap_gemm_kernel|conv2d_relu_max_pool2d_kernel", "to[Tile::template slot<kM>(k, row)]", 2, "NHWC by one channel"
+    ),
     Explained(
         "weight_gradient_kernel",
         "left[slot] =",
@@ -112,16 +114,18 @@ EXPLAINED = [
     ),
     Explained("weight_gradient_kernel", "right[slot] =", 4, "likewise"),
     Explained(
-        "weight_gradient_kernel<float>",
+        "weight_gradient_kernel",
         "const Column tap = columns[column]",
         4,
         "four columns of a lane, 64 bytes apart",
     ),
     Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
-    Explained("conv2d_relu_max_pool2d_kernel", "const T value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
+    Explained("conv2d_relu_max_pool2d", "const V value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
+    Explained("pack_weights_kernel", "tile[lane * 33 + i]", 2, "halves, once a call: an odd pitch of words of two"),
     Explained("tap_gemm_kernel", "targets[Tile::row(", 2, _EPILOGUE),
     Explained(".*", "static_cast<unsigned>(pixel.x + tap.x) < breadth", 3, _DIVERGENT),
     Explained(".*", "return source.template load", 3, _DIVERGENT),
+    Explained("tap_gemm_kernel", "+ vector_at.", 3, _DIVERGENT),
     Explained("local_response_norm_gradient_kernel", "sum += terms[j * kRow + pixel]", 2, _DIVERGENT),
     Explained(
         "map_maximum_kernel",

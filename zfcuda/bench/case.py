@@ -39,20 +39,12 @@ class Mode:
         cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
         before = cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32
         cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = True, self.allow_tf32, self.allow_tf32
-        # None leaves ours to torch's setting, as users have it.
-        choose = getattr(zfcuda, "set_fp32_precision", None)
-        if choose:
-            choose("3xtf32" if self.name == "3xtf32" else None)
         try:
-            yield
+            # None leaves ours to torch's setting, as users have it.
+            with zfcuda.set_fp32_precision("3xtf32" if self.name == "3xtf32" else None):
+                yield
         finally:
             cudnn.benchmark, cudnn.allow_tf32, products.allow_tf32 = before
-            if choose:
-                choose(None)
-
-    def require_ours(self) -> None:
-        if "tf32" in self.name and not hasattr(zfcuda, "set_fp32_precision"):
-            raise Unavailable(f"this version of zfcuda has no {self.name}")
 
     def require_torch(self) -> None:
         if not self.torch_has_it:

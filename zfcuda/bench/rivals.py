@@ -49,11 +49,9 @@ def ours(
     """``call(*tensors)`` in both formats. ``out`` makes a keyword argument from a result, for buffers that are kept."""
 
     def prepare(layout: torch.memory_format) -> Call:
-        mode.require_ours()
         return partial(call, *laid_out(tensors, layout))
 
     def reused(layout: torch.memory_format) -> Call:
-        mode.require_ours()
         given = laid_out(tensors, layout)
         return partial(call, *given, out=out(call(*given)))
 
@@ -115,7 +113,8 @@ def modules(
     """``run(module, image)`` with a copy of the module in each format."""
 
     def prepare(layout: torch.memory_format) -> Call:
-        mode.require_ours() if ours else mode.require_torch()
+        if not ours:
+            mode.require_torch()
         return partial(run, _placed(setting, module, mode, layout), *laid_out([image], layout))
 
     labels = {"contiguous": name if ours else f"{name} contiguous", "channels_last": f"{name} channels_last"}
