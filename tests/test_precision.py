@@ -132,6 +132,7 @@ DOWN = [
     ((1, 4, 3, 3), (4, 17, 1, 1), {"stride": 3}),  # pixels that no tap reaches
     ((0, 4, 5, 4), (4, 3, 3, 3), {}),
     ((1, 6, 4, 4), (6, 4, 3, 3), {}),
+    ((1, 8, 5, 4), (8, 40, 3, 3), {"stride": 2}),
 ]
 
 
@@ -162,11 +163,11 @@ def test_transposed_convolution(backend, mode, gate, size, filters, options):
 @IN_EACH_MODE
 @pytest.mark.parametrize("gate", ["none", "guided"])
 @pytest.mark.parametrize("overlap", ["sum", "overwrite"])
-@pytest.mark.parametrize("channels", [8, 6])
-def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels):
+@pytest.mark.parametrize(("channels", "columns"), [(8, 5), (6, 5), (8, 40)])
+def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels, columns):
     above, switches = reference.max_pool2d(normal(2, channels, 7, 6), 3, 2, ceil_mode=True)
     signal = normal(*above.shape, seed=3)
-    weight = normal(channels, 5, 3, 3, seed=1)
+    weight = normal(channels, columns, 3, 3, seed=1)
     options = {"stride": 2, "padding": 1, "output_padding": 1}
     pool = {"kernel_size": 3, "stride": 2, "output_size": (7, 6)}
     gated = {"gate": gate}
@@ -249,7 +250,26 @@ def test_windows(backend, mode, pooled):
 
 
 @CUDA
-@pytest.mark.parametrize("mode", ["ieee", "tf32", "bfloat16"], indirect=True)
+@pytest.mark.parametrize("mode", ["tf32", *HALVES], indirect=True)
+def test_many_pixels_down(backend, mode):
+    """Likewise the transposed convolution, of a signal and of an unpooled one."""
+    weight = normal(8, 128, 1, 1, seed=1)
+
+    def torchs(x, w):
+        return F.conv_transpose2d(x, w)
+
+    signal = normal(1, 8, 132, 131)
+    check_model(ops.deconv2d(*placed(mode, backend.device, signal, weight)), torchs, signal.relu(), weight, mode)
+    above, switches = reference.max_pool2d(signal, 2)
+    values, filters = placed(mode, backend.device, above, weight)
+    where = switches.to(backend.device, memory_format=torch.channels_last)
+    actual = ops.unpool_relu_deconv2d(values, where, filters, pool_kernel_size=2, pool_output_size=(132, 131))
+    maps = reference.max_unpool2d(above, switches, 2, output_size=(132, 131)).relu()
+    check_model(actual, torchs, maps, weight, mode)
+
+
+@CUDA
+@pytest.mark.parametrize("mode", ["ieee", "tf32", *HALVES], indirect=True)
 def test_many_pixels(backend, mode):
     """Enough blocks for the largest tile; more chunks than there are buffers."""
     image, weight = normal(1, 8, 132, 131), normal(128, 8, 3, 3, seed=1)

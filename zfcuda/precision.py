@@ -13,16 +13,16 @@ __all__ = ["set_fp32_precision"]
 class set_fp32_precision:
     """Set the numeric mode of float32 convolutions on CUDA; as a context manager, until its end.
 
-    ===========  ==============================================================================================
-    mode         factors of a product
-    ===========  ==============================================================================================
-    ``"ieee"``   float32
-    ``"3xtf32"`` float32 as sums of two TF32: three products on the tensor cores, with an error close to that of
-                 ``"ieee"``; a sum that an infinity enters is NaN
-    ``"tf32"``   10 bits of fraction: the weights rounded, the activations truncated; sums are float32
-    None         as torch allows cuDNN: ``torch.backends.cudnn.allow_tf32``, or since torch 2.9
-                 ``torch.backends.cudnn.conv.fp32_precision``, TF32 by default
-    ===========  ==============================================================================================
+    ``"ieee"``
+        float32.
+    ``"3xtf32"``
+        float32 as sums of two TF32: three products on the tensor cores, with an error close to that of ``"ieee"``; a
+        sum that an infinity enters is NaN.
+    ``"tf32"``
+        10 bits of fraction: the weights rounded, the activations truncated; sums are float32.
+    None
+        As torch allows cuDNN: ``torch.backends.cudnn.allow_tf32``, or since torch 2.9
+        ``torch.backends.cudnn.conv.fp32_precision``; TF32 by default.
 
     Parameters
     ----------
