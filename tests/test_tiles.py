@@ -17,6 +17,9 @@ from zfcuda import ops, reference
 NARROW = [(3, 5, (5, 5)), (4, 8, (6, 6)), (4, 5, (6, 6))]
 WIDE = [(20, 24, (6, 6)), (19, 21, (5, 5)), (3, 20, (5, 5)), (4, 21, (5, 5)), (20, 4, (6, 6)), (17, 4, (5, 5))]
 
+#: Filters whose columns stand apart: the tensor cores, which take halves, do not merge their rows.
+APART = {"padding": 1, "dilation": (1, 2)}
+
 
 def combined(test):
     test = pytest.mark.parametrize("shape", NARROW + WIDE, ids=str)(test)
@@ -31,7 +34,7 @@ def filters(channels, maps):
 @combined
 def test_conv2d_relu(backend, shape, layout, dtype):
     channels, maps, size = shape
-    sample = Sample([normal(2, channels, *size), filters(channels, maps), normal(maps, seed=2)], {"padding": 1})
+    sample = Sample([normal(2, channels, *size), filters(channels, maps), normal(maps, seed=2)], APART)
     check_values(ops.conv2d_relu, reference.conv2d_relu, conv.torchs, sample, backend.device, dtype, layout)
 
 
@@ -47,7 +50,7 @@ def test_deconv2d(backend, shape, layout, dtype, gate):
 def test_conv2d_relu_max_pool2d(backend, shape, layout, dtype):
     channels, maps, size = shape
     tensors = [normal(2, channels, *size), filters(channels, maps), normal(maps, seed=2)]
-    sample = Sample(tensors, {"padding": 1, **pooled.POOL})
+    sample = Sample(tensors, {**APART, **pooled.POOL})
     operator = ops.conv2d_relu_max_pool2d
     oracle = pooled.rounding(dtype) if dtype in HALVES else reference.conv2d_relu_max_pool2d
     check_values(operator, oracle, pooled.torchs, sample, backend.device, dtype, layout)
