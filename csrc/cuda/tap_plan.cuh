@@ -58,7 +58,7 @@ struct TapPlan {
     std::int64_t batch;
     int groups, channels, columns;  // of the source and of the result, in a group
     int padded_columns;
-    int run, pixel;  // elements of a kernel row and of a pixel of the source, see merge_row; else 0
+    int run, pixel;  // elements of a kernel row and of a pixel of the source, if rows_merge
     int row_tiles, column_tiles;
     Way way;
     bool rectify;  // the source of the transposed convolution, the result of the other

@@ -71,7 +71,6 @@ def forward(conv: Conv, setting: Setting, mode: Mode, fused: bool = False) -> Bu
         *ours(
             call,
             [x, weight, bias, *slide],
-            mode,
             partial(switched_outputs, conv.out_size) if fused else Outputs.of,
             (lambda result: result) if fused else None,
         ),
@@ -117,7 +116,7 @@ def data_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
     slide = conv.stride, conv.padding, conv.output_padding
     return Built(
         [
-            *ours(partial(ops.deconv2d, gate="none"), [grad, weight, None, *slide], mode),
+            *ours(partial(ops.deconv2d, gate="none"), [grad, weight, None, *slide]),
             *torch_ways(setting, partial(_gradients, conv, True), [grad, x, weight], mode),
         ],
         lambda: Outputs([_gradients(conv, True, grad[:1].double(), x[:1].double(), weight.double())]),
@@ -133,7 +132,7 @@ def weight_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
 
     return Built(
         [
-            *ours(call, [x, grad, weight], mode),
+            *ours(call, [x, grad, weight]),
             *torch_ways(setting, partial(_gradients, conv, False), [grad, x, weight], mode),
         ],
         lambda: Outputs([_gradients(conv, False, grad.double(), x.double(), weight.double())]),

@@ -90,7 +90,7 @@ def pool(layer: Map, setting: Setting, mode: Mode, rectify: bool = False) -> Bui
     out = (lambda result: result) if rectify else None
     return Built(
         [
-            *ours(call, [x, *POOL], mode, read, out),
+            *ours(call, [x, *POOL], read, out),
             *torch_ways(setting, theirs, [x], mode, pooled_outputs),
         ],
         lambda: pooled_reference(x[:1].relu() if rectify else x[:1]),
@@ -116,7 +116,7 @@ def unpool(layer: Map, setting: Setting, mode: Mode) -> Built:
     call = partial(ops.max_unpool2d, output_size=maps.shape[2:])
     return Built(
         [
-            *ours(call, [pooled, switches, *POOL], mode),
+            *ours(call, [pooled, switches, *POOL]),
             *torch_ways(setting, torch_unpool, [pooled, maps, indices], mode),
         ],
         lambda: Outputs([torch_unpool(pooled[:1].double(), maps[:1].double(), indices[:1])]),
@@ -131,7 +131,7 @@ def gather(layer: Map, setting: Setting, mode: Mode) -> Built:
 
     return Built(
         [
-            *ours(ops.switch_gather, [maps, switches, *POOL], mode, out=lambda result: result),
+            *ours(ops.switch_gather, [maps, switches, *POOL], out=lambda result: result),
             *torch_ways(setting, theirs, [maps, indices.contiguous()], mode),
         ],
         lambda: Outputs([theirs(maps[:1].double(), indices[:1])]),
@@ -152,7 +152,7 @@ def norm(layer: Map, setting: Setting, mode: Mode, backward: bool = False) -> Bu
         return torch.autograd.grad(function(t, *CONSTANTS), t, by)
 
     contenders = [
-        *ours(partial(step, ops.local_response_norm), [x, grad], mode),
+        *ours(partial(step, ops.local_response_norm), [x, grad]),
         *torch_ways(setting, partial(step, F.local_response_norm), [x, grad], mode),
     ]
     if not backward:
@@ -174,7 +174,7 @@ def deconv(conv: Conv, setting: Setting, mode: Mode) -> Built:
 
     return Built(
         [
-            *ours(ops.deconv2d, [signal, weight, None, *slide], mode),
+            *ours(ops.deconv2d, [signal, weight, None, *slide]),
             *torch_ways(setting, theirs, [signal, weight], mode),
         ],
         lambda: Outputs([theirs(signal[:1].double(), weight.double())]),
@@ -197,7 +197,7 @@ def unpool_deconv(conv: Conv, setting: Setting, mode: Mode) -> Built:
     call = partial(ops.unpool_relu_deconv2d, **window)
     return Built(
         [
-            *ours(call, [pooled, switches, weight, None, *slide], mode, out=lambda result: result),
+            *ours(call, [pooled, switches, weight, None, *slide], out=lambda result: result),
             *torch_ways(setting, theirs, [pooled, maps, indices, weight], mode),
         ],
         lambda: Outputs([theirs(pooled[:1].double(), maps[:1].double(), indices[:1], weight.double())]),

@@ -43,9 +43,7 @@ def laid_out(tensors: Sequence[Any], layout: torch.memory_format) -> list[Any]:
 # ---------------------------------------------------------------- functions of tensors
 
 
-def ours(
-    call: Callable[..., Any], tensors: Sequence[Any], mode: Mode, read: Read = Outputs.of, out: Any = None
-) -> list[Contender]:
+def ours(call: Callable[..., Any], tensors: Sequence[Any], read: Read = Outputs.of, out: Any = None) -> list[Contender]:
     """``call(*tensors)`` in both formats. ``out`` makes a keyword argument from a result, for buffers that are kept."""
 
     def prepare(layout: torch.memory_format) -> Call:
