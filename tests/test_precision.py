@@ -75,6 +75,21 @@ MERGED = [
     ((0, 3, 9, 9), (96, 3, 7, 7), {}),
 ]
 CASES += MERGED
+
+#: Filters whose taps share a halo, of the paper's third and second layer, images in strips, several to a block, small
+#: blocks for tall filters; planes of a stride, some without taps; taps apart; a last chunk of five pieces; groups.
+HALO = [
+    ((2, 64, 13, 13), (40, 64, 3, 3), {"padding": 1}),
+    ((1, 32, 15, 14), (9, 32, 5, 5), {"stride": 2, "padding": 1}),
+    ((1, 32, 3, 70), (20, 32, 2, 3), {"padding": (0, 1)}),
+    ((9, 32, 2, 2), (20, 32, 3, 3), {"padding": 1}),
+    ((1, 32, 20, 19), (20, 32, 17, 9), {"padding": (0, 4)}),
+    ((1, 32, 9, 12), (8, 32, 2, 8), {"stride": (1, 2), "padding": (1, 3)}),
+    ((1, 32, 14, 13), (8, 32, 5, 5), {"stride": 2, "dilation": 2, "padding": 4}),
+    ((1, 40, 8, 9), (20, 40, 3, 3), {"dilation": (1, 2)}),
+    ((1, 64, 7, 7), (40, 32, 4, 4), {"groups": 2, "padding": 2}),
+]
+CASES += HALO
 IDS = [f"{weight} {options}" for _, weight, options in CASES]
 
 
@@ -133,6 +148,11 @@ DOWN = [
     ((0, 4, 5, 4), (4, 3, 3, 3), {}),
     ((1, 6, 4, 4), (6, 4, 3, 3), {}),
     ((1, 8, 5, 4), (8, 40, 3, 3), {"stride": 2}),
+    ((1, 64, 13, 13), (64, 40, 3, 3), {"padding": 1}),
+    ((1, 32, 13, 13), (32, 9, 5, 5), {"stride": 2, "padding": 1}),
+    ((1, 40, 3, 70), (40, 20, 2, 3), {}),
+    ((9, 32, 2, 1), (32, 20, 3, 3), {}),
+    ((1, 16, 3, 4), (16, 5, 17, 5), {"dilation": (1, 2)}),
 ]
 
 
@@ -157,6 +177,15 @@ def test_transposed_convolution(backend, mode, gate, size, filters, options):
         return F.conv_transpose2d(x, w, bias.to(x), **options)
 
     check_model(actual, torchs, signal, weight, mode, groups=options.get("groups", 1))
+
+
+@CUDA
+@IN_EACH_MODE
+def test_transposed_convolution_whose_taps_no_halo_holds(backend, mode):
+    signal, weight = normal(1, 16, 3, 4), normal(16, 5, 30, 9, seed=1)
+    actual = ops.deconv2d(*placed(mode, backend.device, signal, weight), gate="none")
+    by_fma = mode if mode in HALVES else "by FMA"
+    check_model(actual, lambda x, w: F.conv_transpose2d(x, w), signal.float(), weight, by_fma)
 
 
 @CUDA
@@ -197,6 +226,7 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels,
         (16, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
         (3, 96, {"stride": 2, "padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
         (3, 64, {"padding": 1}, {"pool_kernel_size": 2}),
+        (48, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
         (16, 70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
         (16, 6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
         (16, 8, {}, {"pool_kernel_size": (12, 11)}),  # windows of 132 pixels: by FMA

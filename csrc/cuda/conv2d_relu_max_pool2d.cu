@@ -88,13 +88,14 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     }
 }
 
-// The same on the tensor cores, in NHWC: tap_mma.cuh, also with merged rows: all 96 maps of ZFNet's
-// first layer in one block, whose maps of 48 KiB take the place of the stages. Eight lanes write
+// The same on the tensor cores, in NHWC: by halos (halo_mma.cuh), or with merged rows
+// (tap_mma.cuh): all 96 maps of ZFNet's first layer in one block. The maps, at most 48 KiB, take
+// the place of what was multiplied. Eight lanes write
 // four packs of two rows at once: where a row fills the banks, the two differ in the half of the
 // banks that they write.
-template <typename Factors, typename Tile, typename Source>
+template <typename Factors, typename Tile, bool kHalo, typename Source>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
-    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Source source,
+    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, HaloPlan h, PoolPlan pool, Source source,
                                       const typename Factors::T* packed,
                                       const typename Factors::T* bias, typename Factors::T* output,
                                       std::uint8_t* switches) {
@@ -103,9 +104,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     ZF_DYNAMIC_SHARED(Piece, stages);
     const PoolBlock block = pool_block<kN>(p, pool);
     typename Tile::Accumulator sum = {};
-    mma_product<Factors, Tile, false>(p, source, block.rows, block.columns, block.group,
-                                      block.first_column, packed, stages, sum,
-                                      [&](int row) { return block.pixel(p, pool, row); });
+    if constexpr (kHalo)
+        halo_product<Factors, Tile, false>(
+            p, h, source, block.rows, block.columns, block.group, block.first_column, packed,
+            HaloShared<Tile>(stages), sum, [&](int row) { return block.halo_slot(pool, h, row); },
+            [&](int slot) { return block.halo_pixel(p, pool, h, slot); });
+    else
+        mma_product<Factors, Tile>(p, source, block.rows, block.columns, block.group,
+                                   block.first_column, packed, stages, sum,
+                                   [&](int row) { return block.pixel(p, pool, row); });
 
     auto* const maps = reinterpret_cast<float*>(stages);
     const auto at = [](int pixel, int c) {
@@ -130,11 +137,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches);
 }
 
-// The stages of the product, and after it the maps.
-template <typename Tile>
-constexpr int kMmaBytes = std::max(Tile::kSharedBytes, Tile::kM* Tile::kN* int(sizeof(float)));
+// What the product needs, and after it the maps.
+template <typename Tile, bool kHalo>
+constexpr int kMmaBytes = std::max(kHalo ? HaloShared<Tile>::kBytes : Tile::kSharedBytes,
+                                   Tile::kM* Tile::kN* int(sizeof(float)));
 
-constexpr int kMmaPixels = 128;  // of a box on the tensor cores
+// Chooses the tile for the tensor cores; false if there is none.
+bool choose_mma(PoolPlan& plan, const HaloPlan& h, bool by_halo) {
+    return plan.choose(kHaloPixels, [&](std::int64_t height, std::int64_t width) {
+        return !by_halo || (height + h.y.span) * halo_pitch(width, h.x.span) <= kHaloSlots;
+    });
+}
 
 // The largest box that any tile's product has as its rows, by dtype and columns.
 int box_pixels(const ConvShape& s, Dtype dtype) {
@@ -172,9 +185,16 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
     if (!plan.choose(box_pixels(s, dtype)))
         return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
     Way way = tap_way<false>(s, dtype, exec, image);
-    if (way != Way::fma && !plan.choose(kMmaPixels)) way = Way::fma;
-    pack_weights<false>(s, dtype, way, weight, workspace, exec);
     TapPlan p = tap_plan<false>(s, dtype, way, Gate::none);
+    HaloPlan h = {halo_axis<false>(p.y), halo_axis<false>(p.x)};
+    // As the convolution by itself, so that the sums are the same.
+    const int pieces = static_cast<int>(p.channels * element_bytes(dtype) / 16);
+    const bool by_halo = p.run == 0 && halo_pays(p, pieces);
+    if (way != Way::fma && !choose_mma(plan, h, by_halo)) {
+        way = Way::fma;
+        p = tap_plan<false>(s, dtype, way, Gate::none);
+    }
+    pack_weights<false>(s, dtype, way, weight, workspace, exec);
     const auto grid = [&](int columns) {
         p.column_tiles = p.padded_columns / columns;
         return tap_grid(std::int64_t(p.column_tiles) * plan.x.tiles * plan.y.tiles * p.groups *
@@ -184,23 +204,27 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
-            const auto run = [&](auto tile, const auto& source) {
+            h.set(plan.y.box, plan.x.box, pieces);
+            const auto run = [&](auto tile, auto halo, const auto& source) {
                 using Tile = decltype(tile);
                 using Source = std::decay_t<decltype(source)>;
                 const dim3 blocks = grid(Tile::kN);
-                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, Source>, blocks,
-                       dim3(Tile::kThreads), kMmaBytes<Tile>, exec, p, plan, source,
+                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, halo(), Source>, blocks,
+                       dim3(Tile::kThreads), kMmaBytes<Tile, halo()>, exec, p, h, plan, source,
                        workspace.as<const T>(), bias.as<const T>(), output.as<T>(),
                        switches.as<std::uint8_t>());
             };
-            const MergedSource<T> merged{image.as<const T>()};
+            if (p.run != 0) {
+                const MergedSource<T> merged{image.as<const T>()};
+                return p.padded_columns % 96 == 0 ? run(MergedMmaTile{}, std::false_type{}, merged)
+                                                  : run(MediumMmaTile{}, std::false_type{}, merged);
+            }
             const TensorSource<T> tensor{image.as<const T>()};
-            if (p.run != 0)
-                p.padded_columns % 96 == 0 ? run(MergedMmaTile{}, merged)
-                                           : run(MediumMmaTile{}, merged);
-            else
-                p.padded_columns == 16 ? run(NarrowMmaTile{}, tensor)
-                                       : run(MediumMmaTile{}, tensor);
+            const auto with_tile = [&](auto halo) {
+                p.padded_columns == 16 ? run(NarrowMmaTile{}, halo, tensor)
+                                       : run(MediumMmaTile{}, halo, tensor);
+            };
+            by_halo ? with_tile(std::true_type{}) : with_tile(std::false_type{});
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);

@@ -107,40 +107,43 @@ struct MmaTile {
     __device__ static int first_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
     __device__ static int first_column() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
 
-    // The slots whose addresses a lane gives to ldmatrix.x4, for each pair of pieces. On the left
-    // its matrices are rows 0, 8, 0, 8 of pieces 0, 0, 1, 1; on the right columns 0, 0, 8, 8 of
-    // pieces 0, 1, 0, 1. The next 16 rows are 16 slots further on.
-    struct Lane {
-        int left[kPieces / 2], right[kPieces / 2];
-    };
-    __device__ static Lane lane() {
-        const int number = threadIdx.x % 32;
-        Lane lane;
+    // What a lane gives to ldmatrix.x4 for a pair of pieces. On the left its matrices are rows 0, 8,
+    // 0, 8 of pieces 0, 0, 1, 1, and the next 16 rows follow; on the right columns 0, 0, 8, 8 of
+    // pieces 0, 1, 0, 1, and the next 16 columns are 16 slots further on.
+    using Slots = int[kPieces / 2];
+
+    __device__ static int left_row() { return first_row() + threadIdx.x % 16; }
+    __device__ static int left_piece() { return threadIdx.x % 32 / 16; }
+    __device__ static void left_slots(Slots& slots) {
 #pragma unroll
-        for (int k = 0; k < kPieces / 2; ++k) {
-            const int row = first_row() + number % 16;
-            const int column = first_column() + number / 16 * 8 + number % 8;
-            lane.left[k] = kept(slot<kM>(2 * k + number / 16, row));
-            lane.right[k] = kept(kM * kPieces + slot<kN>(2 * k + number / 8 % 2, column));
-        }
-        return lane;
+        for (int k = 0; k < kPieces / 2; ++k)
+            slots[k] = kept(slot<kM>(2 * k + left_piece(), left_row()));
+    }
+    __device__ static void right_slots(Slots& slots) {
+        const int number = threadIdx.x % 32;
+        const int column = first_column() + number / 16 * 8 + number % 8;
+#pragma unroll
+        for (int k = 0; k < kPieces / 2; ++k)
+            slots[k] = kept(slot<kN>(2 * k + number / 8 % 2, column));
     }
 
-    // The stage is the left tile and behind it the right one.
-    template <typename Factors>
-    __device__ static void multiply(const Lane& lane, const Piece* stage, Accumulator& sum) {
+    // The product of a chunk: left(k, i) is where the lane's matrices of pair k begin for the i-th
+    // 16 rows of its warp.
+    template <typename Factors, typename Left>
+    __device__ __forceinline__ static void multiply(Left&& left, const Piece* right,
+                                                    const Slots& slots, Accumulator& sum) {
 #pragma unroll
         for (int k = 0; k < kPieces / 2; ++k) {
             typename Factors::Left a[kWarpM / 16];
 #pragma unroll
             for (int i = 0; i < kWarpM / 16; ++i) {
-                load_matrices<false>(a[i].bits, stage + lane.left[k] + 16 * i);
+                load_matrices<false>(a[i].bits, left(k, i));
                 Factors::prepare(a[i]);
             }
 #pragma unroll
             for (int j = 0; j < kWarpN / 8; j += 2) {
                 std::uint32_t b[4];
-                load_matrices<false>(b, stage + lane.right[k] + 8 * j);
+                load_matrices<false>(b, right + slots[k] + 8 * j);
 #pragma unroll
                 for (int i = 0; i < kWarpM / 16; ++i) {
                     Factors::multiply(sum[i][j], a[i], {b[0], b[1]});

@@ -3,8 +3,8 @@
 // conv2d_relu_max_pool2d.cu has the sketch.
 #pragma once
 
+#include "halo.cuh"
 #include "places.cuh"
-#include "tap_block.cuh"
 
 namespace zfcuda {
 
@@ -43,22 +43,29 @@ struct PoolPlan {
           x(s.in_width, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w),
           output(s.output()) {}
 
-    // Chooses the tile whose box has at most `pixels`; false if there is none.
-    bool choose(int pixels) {
+    // Chooses the tile whose box has at most `pixels` and is right by fits(height, width); false if
+    // there is none.
+    template <typename Fits>
+    bool choose(int pixels, Fits&& fits) {
         std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
         int rows = 0, columns = 0;
-        for (int tall = 1; tall <= y.count && y.box_of(tall) * x.box_of(1) <= pixels; ++tall) {
-            int wide = 1;
-            while (wide < x.count && y.box_of(tall) * x.box_of(wide + 1) <= pixels) ++wide;
-            const std::int64_t blocks =
-                std::int64_t((y.count + tall - 1) / tall) * ((x.count + wide - 1) / wide);
-            if (blocks < fewest) fewest = blocks, rows = tall, columns = wide;
-        }
+        for (int tall = 1; tall <= y.count && y.box_of(tall) * x.box_of(1) <= pixels; ++tall)
+            for (int wide = 1; wide <= x.count; ++wide) {
+                const std::int64_t height = y.box_of(tall), width = x.box_of(wide);
+                if (height * width > pixels) break;
+                const std::int64_t blocks =
+                    std::int64_t((y.count + tall - 1) / tall) * ((x.count + wide - 1) / wide);
+                if (blocks < fewest && fits(height, width))
+                    fewest = blocks, rows = tall, columns = wide;
+            }
         if (rows == 0) return false;
         y.set(rows), x.set(columns);
         box_width = Divisor(x.box), tile_width = Divisor(columns),
         windows = Divisor(rows * columns);
         return true;
+    }
+    bool choose(int pixels) {
+        return choose(pixels, [](std::int64_t, std::int64_t) { return true; });
     }
 };
 
@@ -80,6 +87,19 @@ struct PoolBlock {
         const int from_x = x * p.x.pixel_step + columns.offset;
         return {p.steps.offset(n, std::int64_t(group) * p.channels, from_y, from_x),
                 inside ? from_y : kOutside, from_x};
+    }
+
+    // The slot of a pixel of the box in its halo, and what a slot reads: see halo.cuh.
+    __device__ int halo_slot(const PoolPlan& pool, const HaloPlan& h, int number) const {
+        const int row = pool.box_width.divide(number);
+        return row < pool.y.box ? row * h.pitch + number - row * pool.x.box : 0;
+    }
+    __device__ TapPixel halo_pixel(const TapPlan& p, const PoolPlan& pool, const HaloPlan& h,
+                                   int slot) const {
+        const int row = slot / h.pitch, column = slot - row * h.pitch;
+        const int y = (top + row) * p.y.pixel_step, x = (left + column) * p.x.pixel_step;
+        return {p.steps.offset(n, std::int64_t(group) * p.channels, y, x),
+                column < pool.x.box + h.x.span ? y : kUnread, x};
     }
 
     // The maximum of each window and its switch, for kPart channels from `part` of the block on,

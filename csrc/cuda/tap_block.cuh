@@ -42,10 +42,12 @@ struct MaskedSource {
     }
 };
 
-// A block's tile: rows are pixels of one phase of all images, columns channels of one group.
+// A block's tile: rows are pixels of one phase of all images, or of all images' strips; columns are
+// channels of one group.
 template <bool kTransposed>
 struct TapBlock {
     int first_column, group, phase_y, phase_x;
+    int strips, strip, pixels;
     PhaseTaps rows, columns;
     std::int64_t first_pixel, pixel_count;
 
@@ -56,12 +58,13 @@ struct TapBlock {
     };
 
     __device__ Place place(int row) const {
-        const std::int64_t line = first_pixel / columns.pixels;
-        const int x = static_cast<int>(first_pixel - line * columns.pixels) + row;
-        const std::int64_t n = line / rows.pixels;
-        const int y = static_cast<int>(line - n * rows.pixels) + x / columns.pixels;
-        return {n + y / rows.pixels, y % rows.pixels, x % columns.pixels,
-                first_pixel + row < pixel_count};
+        const std::int64_t line = first_pixel / strip, first = line / rows.pixels;
+        const int across = static_cast<int>(first_pixel - line * strip) + row;
+        const int down = static_cast<int>(line - first * rows.pixels) + across / strip;
+        const std::int64_t number = first + down / rows.pixels, n = number / strips;
+        const int x = static_cast<int>(number - n * strips) * strip + across % strip;
+        return {n, down % rows.pixels, x,
+                row < pixels && first_pixel + row < pixel_count && x < columns.pixels};
     }
     __device__ TapPixel pixel(const TapPlan& p, int row) const {
         const Place at = place(row);
@@ -81,20 +84,23 @@ struct TapBlock {
 };
 
 // That of this block. Column tiles vary fastest: blocks that run together share their source.
-template <bool kTransposed, int kM, int kN>
+template <bool kTransposed, int kN>
 __device__ TapBlock<kTransposed> tap_block(const TapPlan& p) {
     TapBlock<kTransposed> b;
     unsigned block = blockIdx.x;
     b.first_column = static_cast<int>(block % p.column_tiles) * kN;
     block /= p.column_tiles;
-    b.first_pixel = std::int64_t(block % p.row_tiles) * kM;
+    b.pixels = p.block_pixels;
+    b.first_pixel = std::int64_t(block % p.row_tiles) * b.pixels;
     block /= p.row_tiles;
     b.group = static_cast<int>(block % p.groups);
     b.phase_x = static_cast<int>(block / p.groups % p.x.phases);
     b.phase_y = static_cast<int>(block / p.groups / p.x.phases);
     b.rows = phase_taps<kTransposed>(p.y, b.phase_y);
     b.columns = phase_taps<kTransposed>(p.x, b.phase_x);
-    b.pixel_count = p.batch * b.rows.pixels * b.columns.pixels;
+    b.strips = p.strip > 0 ? p.strips : 1;
+    b.strip = p.strip > 0 ? p.strip : b.columns.pixels;
+    b.pixel_count = p.batch * b.strips * b.rows.pixels * b.strip;
     return b;
 }
 
@@ -109,8 +115,10 @@ inline dim3 tap_grid(std::int64_t blocks) {
 inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
     // The pixels of the first phase, the largest one.
     const std::int64_t height = (p.y.size + p.y.phases - 1) / p.y.phases;
-    const std::int64_t width = (p.x.size + p.x.phases - 1) / p.x.phases;
+    const std::int64_t width = p.strip > 0 ? std::int64_t(p.strips) * p.strip
+                                           : (p.x.size + p.x.phases - 1) / p.x.phases;
     const std::int64_t row_tiles = (p.batch * height * width + rows - 1) / rows;
+    p.block_pixels = rows;
     p.column_tiles = (p.padded_columns + columns - 1) / columns;
     const dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
     p.row_tiles = static_cast<int>(row_tiles);

@@ -41,7 +41,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
 
-#include "tap_mma.cuh"
+#include "halo_mma.cuh"
 #include "tap_product.cuh"
 
 namespace zfcuda {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kResident)
                                      reinterpret_cast<V*>(right_tiles), pixels};
     const int thread = threadIdx.x;
 
-    const auto block = tap_block<kTransposed, kM, kN>(p);
+    const auto block = tap_block<kTransposed, kN>(p);
     if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
     if (thread < kM) {
         pixels[thread] = block.pixel(p, thread);
@@ -187,12 +187,15 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
-            if constexpr (!kTransposed)
-                if (p.run != 0)
-                    return launch_tap_mma<Factors, false>(p, MergedSource<T>{source.as<const T>()},
-                                                          packed, bias, mask, result, exec);
             const auto from = tensor(T{});
-            launch_tap_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);
+            if constexpr (!kTransposed) {
+                if (p.run != 0)
+                    return launch_tap_mma<Factors>(p, MergedSource<T>{source.as<const T>()}, packed,
+                                                   bias, mask, result, exec);
+                if (!halo_pays(p, Pack<T>::size))
+                    return launch_tap_mma<Factors>(p, from, packed, bias, mask, result, exec);
+            }
+            launch_halo_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);

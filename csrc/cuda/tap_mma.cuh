@@ -57,7 +57,7 @@ struct MergedSource {
 
 // The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
 // Tile::kSharedBytes, which every thread may use again afterwards.
-template <typename Factors, typename Tile, bool kTransposed, typename Source, typename PixelOf>
+template <typename Factors, typename Tile, typename Source, typename PixelOf>
 __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& source,
                                             const PhaseTaps& rows, const PhaseTaps& columns,
                                             int group, int first_column,
@@ -67,7 +67,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
     constexpr int kM = Tile::kM, kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
     constexpr int kElements = Pack<T>::size;  // of a piece
     constexpr bool kMerged = std::is_same_v<Source, MergedSource<T>>;
-    constexpr bool kStaged = kTransposed || (kMerged && sizeof(T) < 4);  // through registers
+    constexpr bool kStaged = kMerged && sizeof(T) < 4;  // through registers
     constexpr int kStep = Tile::kThreads / kPieces;  // rows that the block brings at once
     constexpr int kLeft = kM / kStep, kRight = (kN + kStep - 1) / kStep;
     static_assert(kStep % 8 == 0 && kM % kStep == 0,
@@ -145,24 +145,13 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
                     else
                         cp_async<4>(to + e, value, own ? 4 : 0);
                 }
-            } else if constexpr (!kTransposed) {
+            } else {
                 cp_async<16>(stage + left_slot + i * kStep, source.values + from[i],
                              reads ? 16 : 0);
-            } else {
-                staged[i] = {};
-                if (reads)
-                    staged[i] = convert<T>(source.template load<kElements>(
-                        from[i], pixels[i].y + at.row * p.y.offset_step,
-                        pixels[i].x + at.column * p.x.offset_step));
             }
         }
     };
     const auto store_left = [&](Piece* stage) {
-        if (kTransposed && p.rectify)
-#pragma unroll
-            for (auto& vector : staged)
-#pragma unroll
-                for (T& value : vector.value) value = rectify(value);
         auto* const to = reinterpret_cast<Vector<T, kElements>*>(stage) + left_slot;
 #pragma unroll
         for (int i = 0; i < kLeft; ++i) to[i * kStep] = staged[i];
@@ -203,7 +192,9 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         bring(chunk, chunk);
         finish(chunk, chunk);
     }
-    const auto lane = Tile::lane();
+    typename Tile::Slots left, right;
+    Tile::left_slots(left);
+    Tile::right_slots(right);
     int full = 0, empty = kAhead;  // buffers
     for (int chunk = 0; chunk < chunks; ++chunk) {
         // Everybody's copies of this chunk have come, and nobody reads the chunk before it any
@@ -211,7 +202,10 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         cp_async_wait<kStages - 2>();
         __syncthreads();
         bring(chunk + kAhead, empty);
-        Tile::template multiply<Factors>(lane, stages + full * Tile::kStagePieces, sum);
+        const Piece* const stage = stages + full * Tile::kStagePieces;
+        Tile::template multiply<Factors>(
+            [&](int k, int i) { return stage + left[k] + 16 * i; }, stage + kM * kPieces, right,
+            sum);
         finish(chunk + kAhead, empty);
         empty = full;
         full = full + 1 < kStages ? full + 1 : 0;
@@ -220,24 +214,14 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
     __syncthreads();
 }
 
-template <typename Factors, typename Tile, bool kTransposed, typename Source>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
-    tap_mma_kernel(TapPlan p, Source source, const typename Factors::T* packed,
-                   const typename Factors::T* bias, const typename Factors::T* forward,
-                   typename Factors::T* result) {
-    using T = typename Factors::T;
-    constexpr int kM = Tile::kM, kN = Tile::kN;
-    ZF_DYNAMIC_SHARED(Piece, stages);
-    const auto block = tap_block<kTransposed, kM, kN>(p);
-    if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
-
-    typename Tile::Accumulator sum = {};
-    mma_product<Factors, Tile, kTransposed>(p, source, block.rows, block.columns, block.group,
-                                            block.first_column, packed, stages, sum,
-                                            [&](int row) { return block.pixel(p, row); });
-
-    auto* const targets = reinterpret_cast<std::int64_t*>(stages);
-    for (int row = threadIdx.x; row < kM; row += Tile::kThreads)
+// The finished sums of a block: bias, gate, rounding, and 16 bytes a thread where they fit.
+// `targets` has room for kM.
+template <typename Tile, bool kTransposed, typename T>
+__device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<kTransposed>& block,
+                                              const typename Tile::Accumulator& sum,
+                                              std::int64_t* targets, const T* bias,
+                                              const T* forward, T* result) {
+    for (int row = threadIdx.x; row < Tile::kM; row += Tile::kThreads)
         targets[row] = block.target(p, row);
     __syncthreads();
     const TapResult<T, kTransposed> to = {result, forward, p.rectify};
@@ -255,6 +239,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
             to.store_channels(p, quad, targets[Tile::row(i)], column);
         }
     }
+}
+
+template <typename Factors, typename Tile, typename Source>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    tap_mma_kernel(TapPlan p, Source source, const typename Factors::T* packed,
+                   const typename Factors::T* bias, const typename Factors::T* forward,
+                   typename Factors::T* result) {
+    ZF_DYNAMIC_SHARED(Piece, stages);
+    const auto block = tap_block<false, Tile::kN>(p);
+    typename Tile::Accumulator sum = {};
+    mma_product<Factors, Tile>(p, source, block.rows, block.columns, block.group,
+                               block.first_column, packed, stages, sum,
+                               [&](int row) { return block.pixel(p, row); });
+    store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(stages), bias, forward,
+                        result);
 }
 
 // body(Factors{}) for a way on the tensor cores.
@@ -279,7 +278,7 @@ void with_mma_tile(const TapPlan& p, Body&& body) {
     body(MediumMmaTile{});
 }
 
-template <typename Factors, bool kTransposed, typename Source>
+template <typename Factors, typename Source>
 void launch_tap_mma(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
                     Address result, const Exec& exec) {
     using T = typename Factors::T;
@@ -289,7 +288,7 @@ void launch_tap_mma(TapPlan p, const Source& source, Address packed, Address bia
         using Tile = decltype(tile);
         const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
         if (grid.x == 0) return;
-        launch(tap_mma_kernel<Factors, Tile, kTransposed, Source>, grid, dim3(Tile::kThreads),
+        launch(tap_mma_kernel<Factors, Tile, Source>, grid, dim3(Tile::kThreads),
                Tile::kSharedBytes, exec, p, source, packed.as<const T>(), bias.as<const T>(),
                forward.as<const T>(), result.as<T>());
     });

@@ -59,11 +59,23 @@ struct TapPlan {
     int groups, channels, columns;  // of the source and of the result, in a group
     int padded_columns;
     int run, pixel;  // elements of a kernel row and of a pixel of the source, if rows_merge
+    int strips, strip;  // the pixels of a row go by so many strips of this width, or whole: 0
+    int block_pixels;   // of one block
     int row_tiles, column_tiles;
     Way way;
+    bool halo_fits;
     bool rectify;  // the source of the transposed convolution, the result of the other
     bool quads;    // four results that are neighbours in memory are stored at once
 };
+
+inline std::int64_t greatest_divisor(std::int64_t a, std::int64_t b) {
+    while (b != 0) {
+        const std::int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
 
 // What differs between the two convolutions on the host.
 template <bool kTransposed>
@@ -75,12 +87,7 @@ TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, st
     TapAxis axis = {int(size), int(kernel), int(stride),   int(padding), int(dilation),
                     1,         1,           int(dilation), int(stride)};
     if (kTransposed) {
-        std::int64_t divisor = stride;
-        for (std::int64_t rest = dilation; rest != 0;) {
-            const std::int64_t next = divisor % rest;
-            divisor = rest;
-            rest = next;
-        }
+        const std::int64_t divisor = greatest_divisor(stride, dilation);
         axis.phases = static_cast<int>(stride < size ? stride : size);
         axis.tap_step = static_cast<int>(stride / divisor);
         axis.offset_step = -static_cast<int>(dilation / divisor);
@@ -126,6 +133,24 @@ inline std::int64_t merged_columns(std::int64_t columns) {
     return columns % 96 == 0 ? columns : (columns + 63) / 64 * 64;
 }
 
+// Slots of a halo: two halos with the weights of a block leave room for two blocks on an SM with
+// 164 KiB of shared memory, one on those with 100. 2 modulo 8: pieces lie this far apart, and eight
+// lanes that write four pieces of two neighbours meet no bank twice.
+constexpr int kHaloSlots = 386;
+
+// Positions from a filter's first tap to its last, in one plane or phase of the stride.
+inline std::int64_t halo_span(std::int64_t kernel, std::int64_t stride, std::int64_t dilation) {
+    const std::int64_t divisor = greatest_divisor(stride, dilation), step = stride / divisor;
+    return ((kernel + step - 1) / step - 1) * (dilation / divisor);
+}
+
+// Whether there are blocks whose halo has so few slots, whatever the sizes of the images.
+inline bool halo_fits(const ConvShape& s) {
+    const std::int64_t y = halo_span(s.kernel_h, s.stride_h, s.dilation_h);
+    const std::int64_t x = halo_span(s.kernel_w, s.stride_w, s.dilation_w);
+    return y < kHaloSlots && x < kHaloSlots && (y + 1) * (x + 8) <= kHaloSlots;
+}
+
 // Bytes of the packed weights.
 template <bool kTransposed>
 std::int64_t packed_weights(const ConvShape& s, Dtype dtype, Way way) {
@@ -161,6 +186,7 @@ TapPlan tap_plan(const ConvShape& s, Dtype dtype, Way way, Gate gate) {
     p.channels = static_cast<int>(source.channels / s.groups);
     p.columns = static_cast<int>(p.result.channels / s.groups);
     p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
+    p.halo_fits = halo_fits(s);
     p.rectify = static_cast<int>(gate) & kRectify;
     if (way != Way::fma && rows_merge<kTransposed>(s, dtype)) {
         p.run = static_cast<int>(s.kernel_w * s.in_channels);
@@ -283,11 +309,12 @@ void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Addr
 }
 
 // Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels or merged
-// rows, on an architecture that has them for the dtype. `addresses` are those of the source and its
-// mask.
+// rows, on an architecture that has them for the dtype. The transposed one runs by halos alone.
+// `addresses` are those of the source and its mask.
 template <bool kTransposed, typename... Addresses>
 Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
-    const bool pieces = whole_pieces<kTransposed>(s, dtype) || rows_merge<kTransposed>(s, dtype);
+    const bool pieces = whole_pieces<kTransposed>(s, dtype) ? !kTransposed || halo_fits(s)
+                                                            : rows_merge<kTransposed>(s, dtype);
     if (dtype == Dtype::float64 || !s.channels_last || !aligned(addresses...) || !pieces ||
         architecture(&pack_weights_kernel<float, float, kTransposed>, exec) <
             (dtype == Dtype::float16 ? 75 : 80))

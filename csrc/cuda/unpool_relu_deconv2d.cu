@@ -11,9 +11,7 @@
 // memory. A place
 // is gathered once for each tap and column tile that reads it, from a signal a quarter of the
 // maps' size; the maps are never in memory.
-// On the tensor cores (tap_mma.cuh) the gathering issues many more instructions than the products
-// (4 % of the main loop's code are HMMA): a halo that is gathered once for all taps is the form to
-// come.
+// On the tensor cores (halo_mma.cuh) a place is gathered once for all taps.
 // Least bytes: signal + one byte a switch (+ forward) + weights + image.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include "packed_deconv2d.cuh"
@@ -45,7 +43,7 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = source(typename Factors::T{});
-            launch_tap_mma<Factors, true>(p, from, workspace, bias, Address{}, image, exec);
+            launch_halo_mma<Factors, true>(p, from, workspace, bias, Address{}, image, exec);
         });
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);

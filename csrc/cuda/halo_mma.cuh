@@ -1,0 +1,297 @@
+// The convolutions' product on the tensor cores, from halos: halo.cuh says what these are.
+//
+//   result[pixel][column] = sum over k = (plane, chunk of channels, tap) of
+//                           halo of (plane, chunk)[slot(pixel) + shift(tap)] * packed
+//
+//            +-------------------+---+---+---+- -
+//            |  halo of a chunk: |   |   |   |    weights of one tap: three buffers, copies fill
+//            |  4 pieces         |   |   |   |    two of them while the third is multiplied
+//            +-------------------+---+---+---+- -
+//            |  halo of the next |    comes while the taps of this chunk are multiplied, a part with
+//            +-------------------+    each tap but the last
+//
+// tap_mma.cuh reads the source anew for each tap: 9 times for 3 x 3, from L2. Here it comes once a
+// chunk and the taps are shifts of the addresses that ldmatrix gets; only the weights stream. That
+// is what a source is worth that is gathered from an unpooled signal, or gated: it goes through
+// registers, two items a thread and step ahead of their use, and no longer for each tap.
+//
+// Bytes from L2 of a step of a 128 x 128 tile: 8 KiB of weights, and of the source (386 slots at
+// most, 64 bytes each, over 9 taps) less than 3 KiB, instead of 8: 48 FLOP a byte in float32, 96 in
+// halves, against 32 and 64. Model: with 5.5 TB/s from an H100's L2 that is the difference between
+// 176 and 264 TF/s in tf32, of the 310 or so that mma.sync reaches there.
+// Shared memory: 78 KiB (128 x 128), two blocks on an SM of 164 KiB or more, one of 100 KiB.
+//
+// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
+#pragma once
+
+#include "halo.cuh"
+#include "tap_mma.cuh"
+
+namespace zfcuda {
+
+// Dynamic shared memory: two halos, the stages of the weights, and what each slot reads.
+template <typename Tile>
+struct HaloShared {
+    static constexpr int kHalo = kHaloSlots * Tile::kPieces, kStage = Tile::kN * Tile::kPieces;
+    static constexpr int kBytes = (2 * kHalo + Tile::kStages * kStage) * int(sizeof(Piece)) +
+                                  kHaloSlots * int(sizeof(TapPixel));
+    Piece *halos, *stages;
+    TapPixel* pixels;
+
+    __device__ explicit HaloShared(Piece* shared)
+        : halos(shared),
+          stages(shared + 2 * kHalo),
+          pixels(reinterpret_cast<TapPixel*>(stages + Tile::kStages * kStage)) {}
+};
+
+// A chunk of channels of a plane, and the taps that meet it.
+template <bool kTransposed>
+struct HaloChunk {
+    int plane_y = 0, plane_x = 0, chunk = 0;
+    PhaseTaps rows, columns;
+
+    // `phase_rows` and `phase_columns` are the taps of the transposed convolution's only plane.
+    __device__ HaloChunk(const TapPlan& p, const HaloPlan& h, const PhaseTaps& phase_rows,
+                         const PhaseTaps& phase_columns)
+        : rows(phase_rows), columns(phase_columns) {
+        if constexpr (!kTransposed) {
+            enter(p, h);
+            if (taps() == 0) next_plane(p, h);
+        }
+    }
+    __device__ int taps() const { return rows.count * columns.count; }
+
+    // Past the last chunk there is none: whoever counts the steps does not use it.
+    __device__ void advance(const TapPlan& p, const HaloPlan& h) {
+        if (++chunk < h.chunks) return;
+        chunk = 0;
+        if constexpr (!kTransposed) next_plane(p, h);
+    }
+
+  private:
+    __device__ void next_plane(const TapPlan& p, const HaloPlan& h) {
+        do {
+            if (++plane_x == h.x.planes) plane_x = 0, ++plane_y;
+            enter(p, h);
+        } while (plane_y < h.y.planes && taps() == 0);
+    }
+    __device__ void enter(const TapPlan& p, const HaloPlan& h) {
+        rows = plane_taps(p.y, h.y, plane_y);
+        columns = plane_taps(p.x, h.x, plane_x);
+    }
+};
+
+// The main loop. `slot_of(row)` is the slot of a row of the tile, `pixel_of(slot)` what a slot
+// reads; every thread may use the shared memory again afterwards.
+template <typename Factors, typename Tile, bool kTransposed, typename Source, typename SlotOf,
+          typename PixelOf>
+__device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h,
+                                             const Source& source, const PhaseTaps& rows,
+                                             const PhaseTaps& columns, int group, int first_column,
+                                             const typename Factors::T* packed,
+                                             const HaloShared<Tile>& shared,
+                                             typename Tile::Accumulator& sum, SlotOf&& slot_of,
+                                             PixelOf&& pixel_of) {
+    using T = typename Factors::T;
+    using Shared = HaloShared<Tile>;
+    constexpr int kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
+    constexpr int kElements = Pack<T>::size;  // of a piece
+    constexpr int kStep = Tile::kThreads / kPieces, kRight = (kN + kStep - 1) / kStep;
+    static_assert(kStep % 8 == 0, "the places of a thread's columns differ by kStep");
+
+    // A thread brings one piece of each chunk: of slots and of columns that are kStep apart.
+    const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
+    for (int slot = threadIdx.x; slot < h.slots; slot += Tile::kThreads)
+        shared.pixels[slot] = pixel_of(slot);
+    int left[Tile::kWarpM / 16];
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpM / 16; ++i)
+        left[i] = slot_of(Tile::left_row() + 16 * i) + Tile::left_piece() * kHaloSlots;
+    typename Tile::Slots right;
+    Tile::right_slots(right);
+    __syncthreads();
+
+    const int pieces = p.channels / kElements;  // of a pixel
+    const int taps_of_group = p.y.kernel * p.x.kernel;
+    const T* const weights =
+        packed + (std::int64_t(group) * taps_of_group * pieces * p.padded_columns + first_column +
+                  first) *
+                     kElements;
+    HaloChunk<kTransposed> ahead(p, h, rows, columns);  // of the weights that come next
+    int ahead_row = 0, ahead_column = 0;
+    const int stage_slot = kept(Tile::template slot<kN>(piece, first));
+    const int steps = (kTransposed ? ahead.taps() : taps_of_group) * h.chunks;
+
+    const auto bring_weights = [&](int step) {
+        if (step < steps) {
+            Piece* const stage = shared.stages + step % kStages * Shared::kStage + stage_slot;
+            const int tap = (ahead.rows.first + ahead_row * h.y.tap_step) * p.x.kernel +
+                            ahead.columns.first + ahead_column * h.x.tap_step;
+            const int number = ahead.chunk * kPieces + piece;
+            const T* const from =
+                weights + std::int64_t(tap * pieces + number) * p.padded_columns * kElements;
+            const int bytes = number < pieces ? 16 : 0;
+            if (kN % kStep == 0 || first < kN)
+#pragma unroll
+                for (int j = 0; j < kRight; ++j)
+                    cp_async<16>(stage + j * kStep, from + j * kStep * kElements, bytes);
+            if (++ahead_column == ahead.columns.count) {
+                ahead_column = 0;
+                if (++ahead_row == ahead.rows.count) {
+                    ahead_row = 0;
+                    ahead.advance(p, h);
+                }
+            }
+        }
+        cp_async_commit();  // perhaps an empty group, so that the newest two are always the same
+    };
+
+    // Item i of a thread is its piece of slot first + i * kStep.
+    const int items = (h.slots + kStep - 1) / kStep;
+    HaloChunk<kTransposed> next = ahead;  // whose halo comes next
+    struct Item {
+        bool exists, reads;
+        std::int64_t from;
+        int y, x;
+    };
+    const auto find = [&](int i) -> Item {
+        const int slot = first + i * kStep, number = next.chunk * kPieces + piece;
+        if (slot >= h.slots) return {};
+        const TapPixel pixel = shared.pixels[slot];
+        const int dy = halo_taps(next.rows, h.y).least * p.y.pixel_step + next.plane_y;
+        const int dx = halo_taps(next.columns, h.x).least * p.x.pixel_step + next.plane_x;
+        const int y = pixel.y + dy, x = pixel.x + dx;
+        const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
+                            static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
+        return {pixel.y != kUnread, inside && number < pieces,
+                pixel.source + dy * p.steps.row + dx * p.steps.column +
+                    std::int64_t(number) * kElements,
+                y, x};
+    };
+    const auto load = [&](const Item& item) -> Vector<T, kElements> {
+        Vector<T, kElements> vector = {};
+        if (item.reads) vector = convert<T>(source.template load<kElements>(item.from, item.y, item.x));
+        return vector;
+    };
+    const auto store = [&](Piece* halo, int i, Vector<T, kElements> vector) {
+        if (p.rectify)
+#pragma unroll
+            for (T& value : vector.value) value = rectify(value);
+        reinterpret_cast<Vector<T, kElements>*>(halo)[piece * kHaloSlots + first + i * kStep] =
+            vector;
+    };
+    const auto bring = [&](Piece* halo, int begin, int end) {
+#pragma unroll 1
+        for (int i = begin; i < end; ++i) {
+            const Item item = find(i);
+            if (!item.exists) continue;
+            if constexpr (kTransposed)
+                store(halo, i, load(item));
+            else
+                cp_async<16>(halo + piece * kHaloSlots + first + i * kStep,
+                             source.values + item.from, item.reads ? 16 : 0);
+        }
+    };
+
+    if (steps > 0) bring(shared.halos, 0, items);
+    for (int step = 0; step < kStages - 1; ++step) bring_weights(step);
+
+    int row = 0, column = 0, buffer = 0, brought = 0;
+    PhaseTaps own_rows = next.rows, own_columns = next.columns;
+    next.advance(p, h);
+    const auto first_shift = [&]() {
+        return halo_taps(own_rows, h.y).first * h.pitch + halo_taps(own_columns, h.x).first;
+    };
+    int shift = first_shift();
+    int left_steps = steps - own_rows.count * own_columns.count;  // after this chunk
+    bool alone = false;  // the chunk before this one had one tap, with whose step this halo came
+    for (int step = 0; step < steps; ++step) {
+        // The copies of this step have come, and nobody reads what the next ones replace.
+        if (alone && row + column == 0)
+            cp_async_wait<0>();
+        else
+            cp_async_wait<kStages - 2>();
+        __syncthreads();
+
+        // A part of the next halo, in all steps of this chunk but the last, if it is not the only.
+        const int taps = own_rows.count * own_columns.count;
+        const int part = taps > 1 ? (items + taps - 2) / (taps - 1) : items;
+        const int begin = brought;
+        const int end = left_steps > 0 ? (begin + part < items ? begin + part : items) : begin;
+        Piece* const empty = shared.halos + (1 - buffer) * Shared::kHalo;
+        constexpr int kHeld = kTransposed ? 2 : 0;  // on their way while this step is multiplied
+        const int now = end - begin > kHeld ? end - kHeld : begin;
+        bring(empty, begin, now);
+        brought = end;
+        bring_weights(step + kStages - 1);
+        bool exists[kHeld > 0 ? kHeld : 1];
+        Vector<T, kElements> held[kHeld > 0 ? kHeld : 1];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+            exists[i] = false;
+            if (now + i < end) {
+                const Item item = find(now + i);
+                exists[i] = item.exists;
+                held[i] = load(item);
+            }
+        }
+        const Piece* const halo = shared.halos + buffer * Shared::kHalo + shift;
+        Tile::template multiply<Factors>(
+            [&](int k, int i) { return halo + left[i] + 2 * k * kHaloSlots; },
+            shared.stages + step % kStages * Shared::kStage, right, sum);
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+            if (exists[i]) store(empty, now + i, held[i]);
+
+        shift += h.x.step;
+        if (++column < own_columns.count) continue;
+        column = 0;
+        shift += h.y.step * h.pitch - own_columns.count * h.x.step;
+        if (++row < own_rows.count) continue;
+        row = 0;
+        alone = taps == 1;
+        own_rows = next.rows, own_columns = next.columns;
+        next.advance(p, h);
+        shift = first_shift();
+        left_steps -= own_rows.count * own_columns.count;
+        buffer = 1 - buffer;
+        brought = 0;
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+}
+
+template <typename Factors, typename Tile, bool kTransposed, typename Source>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    halo_mma_kernel(TapPlan p, HaloPlan h, Source source, const typename Factors::T* packed,
+                    const typename Factors::T* bias, const typename Factors::T* forward,
+                    typename Factors::T* result) {
+    ZF_DYNAMIC_SHARED(Piece, memory);
+    const auto block = tap_block<kTransposed, Tile::kN>(p);
+    if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
+    typename Tile::Accumulator sum = {};
+    halo_product<Factors, Tile, kTransposed>(
+        p, h, source, block.rows, block.columns, block.group, block.first_column, packed,
+        HaloShared<Tile>(memory), sum, [&](int row) { return halo_slot(block, h, row); },
+        [&](int slot) { return halo_pixel(block, p, h, slot); });
+    store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(memory), bias, forward,
+                        result);
+}
+
+template <typename Factors, bool kTransposed, typename Source>
+void launch_halo_mma(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
+                     Address result, const Exec& exec) {
+    using T = typename Factors::T;
+    const HaloPlan h = halo_plan<kTransposed>(p, p.channels / Pack<T>::size);
+    p.quads = p.columns % 4 == 0 && aligned(result);
+    with_mma_tile<Factors, false>(p, [&](auto tile) {
+        using Tile = decltype(tile);
+        const dim3 grid = tap_grid(p, p.block_pixels, Tile::kN);
+        if (grid.x == 0) return;
+        launch(halo_mma_kernel<Factors, Tile, kTransposed, Source>, grid, dim3(Tile::kThreads),
+               HaloShared<Tile>::kBytes, exec, p, h, source, packed.as<const T>(),
+               bias.as<const T>(), forward.as<const T>(), result.as<T>());
+    });
+}
+
+}  // namespace zfcuda
