@@ -88,33 +88,78 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     }
 }
 
-// The same on the tensor cores, in NHWC: by halos (halo_mma.cuh), or with merged rows
-// (tap_mma.cuh): all 96 maps of ZFNet's first layer in one block. The maps, at most 48 KiB, take
-// the place of what was multiplied. Eight lanes write
-// four packs of two rows at once: where a row fills the banks, the two differ in the half of the
-// banks that they write.
-template <typename Factors, typename Tile, bool kHalo, typename Source>
+// The main loops of the tensor cores, for the pixels of a box.
+template <typename Factors, typename Tile>
+struct ByTaps {
+    using T = typename Factors::T;
+    const T* image;
+
+    int bytes() const { return Tile::kSharedBytes; }
+    __device__ int pixel(int row) const { return row; }
+    __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
+                            const T* packed, Piece* memory,
+                            typename Tile::Accumulator& sum) const {
+        mma_product<Factors, Tile>(p, image, block.rows, block.columns, block.group,
+                                   block.first_column, packed, memory, sum,
+                                   [&](int row) { return block.pixel(p, pool, row); });
+    }
+};
+
+template <typename Factors, typename Tile>
+struct ByHalo {
+    using T = typename Factors::T;
+    const T* image;
+    HaloPlan h;
+
+    int bytes() const { return HaloShared<Tile>::kBytes; }
+    __device__ int pixel(int row) const { return row; }
+    __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
+                            const T* packed, Piece* memory,
+                            typename Tile::Accumulator& sum) const {
+        halo_product<Factors, Tile, false>(
+            p, h, TensorSource<T>{image}, block.rows, block.columns, block.group,
+            block.first_column, packed, HaloShared<Tile>(memory), sum,
+            [&](int row) { return block.halo_slot(pool, h, row); },
+            [&](int slot) { return block.halo_pixel(p, pool, h, slot); });
+    }
+};
+
+template <typename Factors, typename Tile>
+struct ByPatch {
+    using T = typename Factors::T;
+    const T* image;
+    PatchPlan h;
+
+    int bytes() const { return static_cast<int>(PatchShared<Tile>::bytes(h)); }
+    __device__ int pixel(int row) const { return patch_pixel(h, row); }
+    __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
+                            const T* packed, Piece* memory,
+                            typename Tile::Accumulator& sum) const {
+        patch_product<Factors, Tile>(
+            p, h, image, block.first_column, packed, PatchShared<Tile>(memory), sum,
+            [&](int number) { return block.patch_base(p, pool, h, number); },
+            [&](int row) { return block.patch_row(p, row); });
+    }
+};
+
+// The same on the tensor cores, in NHWC: tap_mma.cuh, halo_mma.cuh or patch_mma.cuh; by the last
+// all 96 maps of ZFNet's first layer in one block. The maps, at most 48 KiB, take the place of what
+// was multiplied. Eight lanes write four packs of two rows at once: where a row fills the banks,
+// the two differ in the half of the banks that they write.
+template <typename Factors, typename Tile, typename Loop>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
-    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, HaloPlan h, PoolPlan pool, Source source,
+    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Loop loop,
                                       const typename Factors::T* packed,
                                       const typename Factors::T* bias, typename Factors::T* output,
                                       std::uint8_t* switches) {
     using T = typename Factors::T;
     constexpr int kN = Tile::kN;
-    ZF_DYNAMIC_SHARED(Piece, stages);
+    ZF_DYNAMIC_SHARED(Piece, memory);
     const PoolBlock block = pool_block<kN>(p, pool);
     typename Tile::Accumulator sum = {};
-    if constexpr (kHalo)
-        halo_product<Factors, Tile, false>(
-            p, h, source, block.rows, block.columns, block.group, block.first_column, packed,
-            HaloShared<Tile>(stages), sum, [&](int row) { return block.halo_slot(pool, h, row); },
-            [&](int slot) { return block.halo_pixel(p, pool, h, slot); });
-    else
-        mma_product<Factors, Tile>(p, source, block.rows, block.columns, block.group,
-                                   block.first_column, packed, stages, sum,
-                                   [&](int row) { return block.pixel(p, pool, row); });
+    loop.product(p, pool, block, packed, memory, sum);
 
-    auto* const maps = reinterpret_cast<float*>(stages);
+    auto* const maps = reinterpret_cast<float*>(memory);
     const auto at = [](int pixel, int c) {
         return pixel * kN + (c ^ (pixel << 4 & 16 & (kN - 1)));
     };
@@ -130,23 +175,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 pack.value[e] = static_cast<float>(static_cast<T>(quad[e] + shift[e]));
-            store_vector(maps + at(Tile::row(i), Tile::column(j)), pack);
+            store_vector(maps + at(loop.pixel(Tile::row(i)), Tile::column(j)), pack);
         }
     }
     __syncthreads();
     block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches);
-}
-
-// What the product needs, and after it the maps.
-template <typename Tile, bool kHalo>
-constexpr int kMmaBytes = std::max(kHalo ? HaloShared<Tile>::kBytes : Tile::kSharedBytes,
-                                   Tile::kM* Tile::kN* int(sizeof(float)));
-
-// Chooses the tile for the tensor cores; false if there is none.
-bool choose_mma(PoolPlan& plan, const HaloPlan& h, bool by_halo) {
-    return plan.choose(kHaloPixels, [&](std::int64_t height, std::int64_t width) {
-        return !by_halo || (height + h.y.span) * halo_pitch(width, h.x.span) <= kHaloSlots;
-    });
 }
 
 // The largest box that any tile's product has as its rows, by dtype and columns.
@@ -186,11 +219,18 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
     Way way = tap_way<false>(s, dtype, exec, image);
     TapPlan p = tap_plan<false>(s, dtype, way, Gate::none);
-    HaloPlan h = {halo_axis<false>(p.y), halo_axis<false>(p.x)};
-    // As the convolution by itself, so that the sums are the same.
-    const int pieces = static_cast<int>(p.channels * element_bytes(dtype) / 16);
-    const bool by_halo = p.run == 0 && halo_pays(p, pieces);
-    if (way != Way::fma && !choose_mma(plan, h, by_halo)) {
+    // The loop that the convolution by itself would have, so that the sums are the same.
+    const int bytes = static_cast<int>(element_bytes(dtype)), pieces = p.channels * bytes / 16;
+    const bool by_patch = p.run != 0, by_halo = !by_patch && halo_pays(p, pieces);
+    HaloPlan halo = {halo_axis<false>(p.y), halo_axis<false>(p.x)};
+    const auto patch = [&](std::int64_t height, std::int64_t width) {
+        return patch_plan(p, bytes, height, width, 0);
+    };
+    const auto fits = [&](std::int64_t height, std::int64_t width) {
+        if (by_patch) return patch(height, width).bytes <= kPatchBytes;
+        return !by_halo || (height + halo.y.span) * halo_pitch(width, halo.x.span) <= kHaloSlots;
+    };
+    if (way != Way::fma && !plan.choose(kBlockPixels, fits)) {
         way = Way::fma;
         p = tap_plan<false>(s, dtype, way, Gate::none);
     }
@@ -204,27 +244,29 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
-            h.set(plan.y.box, plan.x.box, pieces);
-            const auto run = [&](auto tile, auto halo, const auto& source) {
+            const T* const source = image.as<const T>();
+            const auto run = [&](auto tile, const auto& loop) {
                 using Tile = decltype(tile);
-                using Source = std::decay_t<decltype(source)>;
+                using Loop = std::decay_t<decltype(loop)>;
+                const int maps = Tile::kM * Tile::kN * int(sizeof(float));
                 const dim3 blocks = grid(Tile::kN);
-                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, halo(), Source>, blocks,
-                       dim3(Tile::kThreads), kMmaBytes<Tile, halo()>, exec, p, h, plan, source,
+                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, Loop>, blocks,
+                       dim3(Tile::kThreads), std::max(loop.bytes(), maps), exec, p, plan, loop,
                        workspace.as<const T>(), bias.as<const T>(), output.as<T>(),
                        switches.as<std::uint8_t>());
             };
-            if (p.run != 0) {
-                const MergedSource<T> merged{image.as<const T>()};
-                return p.padded_columns % 96 == 0 ? run(MergedMmaTile{}, std::false_type{}, merged)
-                                                  : run(MediumMmaTile{}, std::false_type{}, merged);
-            }
-            const TensorSource<T> tensor{image.as<const T>()};
-            const auto with_tile = [&](auto halo) {
-                p.padded_columns == 16 ? run(NarrowMmaTile{}, halo, tensor)
-                                       : run(MediumMmaTile{}, halo, tensor);
+            if (by_patch)
+                return with_patch_tile(p, [&](auto tile) {
+                    run(tile, ByPatch<Factors, decltype(tile)>{source,
+                                                               patch(plan.y.box, plan.x.box)});
+                });
+            const auto with_tile = [&](auto tile) {
+                using Tile = decltype(tile);
+                if (!by_halo) return run(tile, ByTaps<Factors, Tile>{source});
+                halo.set(plan.y.box + halo.y.span, plan.x.box, pieces);
+                run(tile, ByHalo<Factors, Tile>{source, halo});
             };
-            by_halo ? with_tile(std::true_type{}) : with_tile(std::false_type{});
+            p.padded_columns == 16 ? with_tile(NarrowMmaTile{}) : with_tile(MediumMmaTile{});
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);

@@ -23,17 +23,35 @@
 // of its result instead (tap_gemm.cuh), each with one plane.
 #pragma once
 
+#include <algorithm>
+
 #include "tap_block.cuh"
 
 namespace zfcuda {
 
-constexpr int kHaloPixels = 128;  // of a block at most
+constexpr int kBlockPixels = 128;  // at most
+constexpr int kMostPlanes = 4;    // of an axis: larger strides do without halos
 constexpr int kUnread = std::numeric_limits<int>::min();  // the row of a slot that no tap reads
+
+// The taps of a plane (or phase) along one axis: those from `first` on, tap_step apart. A slot at
+// position y is the plane's position y + least, and tap t reads the slot of its pixel
+// back + t * step positions further on.
+struct HaloTaps {
+    int count, first, least, back;
+
+    HaloTaps() = default;
+    __host__ __device__ HaloTaps(const PhaseTaps& taps, int step)
+        : count(taps.count), first(taps.first) {
+        back = step < 0 ? (count - 1) * -step : 0;
+        least = taps.offset - back;
+    }
+};
 
 // One dimension: tap_step and step as TapAxis has for phases, `span` positions at most from a
 // plane's first tap to its last.
 struct HaloAxis {
     int planes, tap_step, step, span;
+    HaloTaps taps[kMostPlanes];  // of each plane of a convolution
 };
 
 // The least pitch for pixels in lines of this width.
@@ -45,21 +63,49 @@ struct HaloPlan {
     HaloAxis y, x;
     int pitch, slots;
     int chunks;  // of channels
+    int part;    // what a thread brings of the next halo with each tap
 
-    // For a block whose pixels are a box.
-    void set(int height, int width, int pieces) {
+    // For halos of so many rows, of lines of pixels of this width. Threads bring every 32nd slot, in
+    // all steps of a chunk but the last, where there are several.
+    void set(std::int64_t rows, std::int64_t width, int pieces) {
         pitch = static_cast<int>(halo_pitch(width, x.span));
-        slots = (height + y.span) * pitch;
+        slots = static_cast<int>(rows) * pitch;
         chunks = (pieces + 3) / 4;
+        const int steps = fewest(y) * fewest(x) - 1;
+        const int items = (slots + 31) / 32;
+        part = steps > 0 ? (items + steps - 1) / steps : items;
+    }
+
+  private:
+    // The fewest taps of a plane that has any.
+    static int fewest(const HaloAxis& axis) {
+        int count = std::numeric_limits<int>::max();
+        for (int i = 0; i < axis.planes; ++i)
+            if (axis.taps[i].count > 0 && axis.taps[i].count < count) count = axis.taps[i].count;
+        return count;
     }
 };
+
+// The taps of one plane of a convolution's source.
+inline PhaseTaps plane_taps(const TapAxis& axis, int tap_step, int plane) {
+    int first = 0;
+    while (first < axis.kernel && (first * axis.dilation - axis.padding - plane) % axis.stride)
+        ++first;
+    return {(axis.kernel - first + tap_step - 1) / tap_step, first,
+            (first * axis.dilation - axis.padding - plane) / axis.stride, axis.size};
+}
 
 template <bool kTransposed>
 HaloAxis halo_axis(const TapAxis& axis) {
     const int divisor = static_cast<int>(greatest_divisor(axis.stride, axis.dilation));
-    const int step = axis.dilation / divisor;
-    return {kTransposed ? 1 : axis.stride, axis.stride / divisor, kTransposed ? -step : step,
-            static_cast<int>(halo_span(axis.kernel, axis.stride, axis.dilation))};
+    const int tap_step = axis.stride / divisor, step = axis.dilation / divisor;
+    HaloAxis h = {kTransposed ? 1 : axis.stride, tap_step, kTransposed ? -step : step,
+                  static_cast<int>(halo_span(axis.kernel, axis.stride, axis.dilation)), {}};
+    // Of the phases the one with the fewest taps stands for all.
+    if (kTransposed) h.taps[0].count = axis.kernel / tap_step > 0 ? axis.kernel / tap_step : 1;
+    for (int plane = 0; !kTransposed && plane < axis.stride && plane < kMostPlanes; ++plane)
+        h.taps[plane] = HaloTaps(plane_taps(axis, tap_step, plane), step);
+    return h;
 }
 
 // How many ends of lines lie at most among `pixels` that follow each other, the first of which is a
@@ -68,35 +114,45 @@ inline std::int64_t line_ends(std::int64_t length, std::int64_t pixels) {
     return (length - greatest_divisor(length, pixels) + pixels - 1) / length;
 }
 
-// Chooses strips and the pixels of a block for a filter that fits: of those whose halo fits the
-// ones that compute least in vain, of these the ones with the smallest halo.
-template <bool kTransposed>
-HaloPlan halo_plan(TapPlan& p, int pieces) {
-    HaloPlan h = {halo_axis<kTransposed>(p.y), halo_axis<kTransposed>(p.x), 0, kHaloSlots + 1,
-                  (pieces + 3) / 4};
+// Chooses strips and the pixels of a block: of those with size_of(strip, pixels) <= most the ones
+// that compute least in vain, of these the ones of the least size.
+template <typename SizeOf>
+void choose_strips(TapPlan& p, std::int64_t most, SizeOf&& size_of) {
     const int width = (p.x.size + p.x.phases - 1) / p.x.phases;
-    const int heights[] = {p.y.size / p.y.phases, (p.y.size + p.y.phases - 1) / p.y.phases};
     double best = std::numeric_limits<double>::max();
+    std::int64_t least = most;
     const auto consider = [&](int strips, int strip, int pixels) {
-        const std::int64_t pitch = halo_pitch(strip, h.x.span);
-        std::int64_t slots = 0;
-        for (const int height : heights) {
-            const std::int64_t ends = line_ends(std::int64_t(strip) * height, pixels);
-            const std::int64_t rows = 1 + line_ends(strip, pixels) + (ends + 1) * h.y.span;
-            if (rows * pitch > slots) slots = rows * pitch;
-        }
         const double cost = double(strips) * strip / pixels;
-        if (slots > kHaloSlots || cost > best || (cost == best && slots >= h.slots)) return;
-        best = cost, p.strips = strips, p.strip = strip, p.block_pixels = pixels;
-        h.pitch = static_cast<int>(pitch), h.slots = static_cast<int>(slots);
+        const std::int64_t size = size_of(strip, pixels);
+        if (size > most || cost > best || (cost == best && size >= least)) return;
+        best = cost, least = size;
+        p.strips = strips, p.strip = strip, p.block_pixels = pixels;
     };
-    for (int pixels = kHaloPixels; pixels > 0 && double(width) / pixels < best; pixels -= 8)
-        for (int strips = (width + kHaloPixels - 1) / kHaloPixels;; ++strips) {
+    for (int pixels = kBlockPixels; pixels > 0 && double(width) / pixels < best; pixels -= 8)
+        for (const int widest : {128, 64, 48, 32, 24, 16, 8}) {
+            const int strips = (width + widest - 1) / widest;
             const int strip = (width + strips - 1) / strips;
             consider(strips, strip, pixels);
             consider(strips, (strip + 7) / 8 * 8, pixels);
-            if (strip <= 8) break;
         }
+}
+
+// The halo of blocks of strips, for a filter whose halos fit (tap_plan.cuh).
+template <bool kTransposed>
+HaloPlan halo_plan(TapPlan& p, int pieces) {
+    HaloPlan h = {halo_axis<kTransposed>(p.y), halo_axis<kTransposed>(p.x)};
+    const auto rows = [&](int strip, int pixels) {
+        std::int64_t most = 0;
+        for (const int height : {p.y.size / p.y.phases, (p.y.size + p.y.phases - 1) / p.y.phases}) {
+            const std::int64_t strips = line_ends(std::int64_t(strip) * height, pixels);
+            most = std::max(most, 1 + line_ends(strip, pixels) + (strips + 1) * h.y.span);
+        }
+        return most;
+    };
+    choose_strips(p, kHaloSlots, [&](int strip, int pixels) {
+        return rows(strip, pixels) * halo_pitch(strip, h.x.span);
+    });
+    h.set(rows(p.strip, p.block_pixels), p.strip, pieces);
     return h;
 }
 
@@ -104,28 +160,9 @@ HaloPlan halo_plan(TapPlan& p, int pieces) {
 // four taps on the average, and chunks of channels are nearly full.
 inline bool halo_pays(const TapPlan& p, int pieces) {
     const std::int64_t planes = std::int64_t(p.y.stride) * p.x.stride;
-    return p.halo_fits && std::int64_t(p.y.kernel) * p.x.kernel >= 4 * planes &&
+    return p.halo_fits && p.y.stride <= kMostPlanes && p.x.stride <= kMostPlanes &&
+           std::int64_t(p.y.kernel) * p.x.kernel >= 4 * planes &&
            pieces * 5 >= (pieces + 3) / 4 * 16;
-}
-
-// The taps of one plane of a convolution's source: tap t of them is at t * step + offset in it.
-__device__ inline PhaseTaps plane_taps(const TapAxis& axis, const HaloAxis& halo, int plane) {
-    int first = 0;
-    while (first < axis.kernel && (first * axis.dilation - axis.padding - plane) % axis.stride)
-        ++first;
-    return {(axis.kernel - first + halo.tap_step - 1) / halo.tap_step, first,
-            (first * axis.dilation - axis.padding - plane) / axis.stride, axis.size};
-}
-
-// The distances of a plane's taps from the least one, and that one's position: tap t reads what a
-// pixel's slot does `first + t * step` positions further on, a slot at position y the source's y +
-// `least`, in the plane.
-struct HaloTaps {
-    int first, least;
-};
-__device__ inline HaloTaps halo_taps(const PhaseTaps& taps, const HaloAxis& halo) {
-    const int back = halo.step < 0 ? (taps.count - 1) * -halo.step : 0;
-    return {back, taps.offset - back};
 }
 
 // The slot of a row of the block's tile, for the tap with the least position.

@@ -48,36 +48,39 @@ struct HaloShared {
 template <bool kTransposed>
 struct HaloChunk {
     int plane_y = 0, plane_x = 0, chunk = 0;
-    PhaseTaps rows, columns;
+    HaloTaps rows, columns;
 
-    // `phase_rows` and `phase_columns` are the taps of the transposed convolution's only plane.
-    __device__ HaloChunk(const TapPlan& p, const HaloPlan& h, const PhaseTaps& phase_rows,
+    // The transposed convolution has one plane, with the taps of the block's phase.
+    __device__ HaloChunk(const HaloPlan& h, const PhaseTaps& phase_rows,
                          const PhaseTaps& phase_columns)
-        : rows(phase_rows), columns(phase_columns) {
+        : rows(phase_rows, h.y.step), columns(phase_columns, h.x.step) {
         if constexpr (!kTransposed) {
-            enter(p, h);
-            if (taps() == 0) next_plane(p, h);
+            enter(h);
+            if (taps() == 0) next_plane(h);
         }
     }
     __device__ int taps() const { return rows.count * columns.count; }
 
     // Past the last chunk there is none: whoever counts the steps does not use it.
-    __device__ void advance(const TapPlan& p, const HaloPlan& h) {
+    __device__ void advance(const HaloPlan& h) {
         if (++chunk < h.chunks) return;
         chunk = 0;
-        if constexpr (!kTransposed) next_plane(p, h);
+        if constexpr (!kTransposed) next_plane(h);
     }
 
   private:
-    __device__ void next_plane(const TapPlan& p, const HaloPlan& h) {
+    __device__ void next_plane(const HaloPlan& h) {
         do {
-            if (++plane_x == h.x.planes) plane_x = 0, ++plane_y;
-            enter(p, h);
-        } while (plane_y < h.y.planes && taps() == 0);
+            if (++plane_x == h.x.planes) {
+                plane_x = 0;
+                if (++plane_y == h.y.planes) return;
+            }
+            enter(h);
+        } while (taps() == 0);
     }
-    __device__ void enter(const TapPlan& p, const HaloPlan& h) {
-        rows = plane_taps(p.y, h.y, plane_y);
-        columns = plane_taps(p.x, h.x, plane_x);
+    __device__ void enter(const HaloPlan& h) {
+        rows = h.y.taps[plane_y];
+        columns = h.x.taps[plane_x];
     }
 };
 
@@ -117,14 +120,16 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
         packed + (std::int64_t(group) * taps_of_group * pieces * p.padded_columns + first_column +
                   first) *
                      kElements;
-    HaloChunk<kTransposed> ahead(p, h, rows, columns);  // of the weights that come next
+    HaloChunk<kTransposed> ahead(h, rows, columns);  // of the weights that come next
     int ahead_row = 0, ahead_column = 0;
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));
     const int steps = (kTransposed ? ahead.taps() : taps_of_group) * h.chunks;
 
+    int free_stage = 0;
     const auto bring_weights = [&](int step) {
         if (step < steps) {
-            Piece* const stage = shared.stages + step % kStages * Shared::kStage + stage_slot;
+            Piece* const to = shared.stages + free_stage * Shared::kStage + stage_slot;
+            free_stage = free_stage + 1 < kStages ? free_stage + 1 : 0;
             const int tap = (ahead.rows.first + ahead_row * h.y.tap_step) * p.x.kernel +
                             ahead.columns.first + ahead_column * h.x.tap_step;
             const int number = ahead.chunk * kPieces + piece;
@@ -134,51 +139,57 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
             if (kN % kStep == 0 || first < kN)
 #pragma unroll
                 for (int j = 0; j < kRight; ++j)
-                    cp_async<16>(stage + j * kStep, from + j * kStep * kElements, bytes);
+                    cp_async<16>(to + j * kStep, from + j * kStep * kElements, bytes);
             if (++ahead_column == ahead.columns.count) {
                 ahead_column = 0;
                 if (++ahead_row == ahead.rows.count) {
                     ahead_row = 0;
-                    ahead.advance(p, h);
+                    ahead.advance(h);
                 }
             }
         }
         cp_async_commit();  // perhaps an empty group, so that the newest two are always the same
     };
 
-    // Item i of a thread is its piece of slot first + i * kStep.
-    const int items = (h.slots + kStep - 1) / kStep;
-    HaloChunk<kTransposed> next = ahead;  // whose halo comes next
+    // Item i of a thread is its piece of slot first + i * kStep: what it reads of the halo that
+    // comes next.
+    HaloChunk<kTransposed> next = ahead;
+    int dy, dx;
+    std::int64_t from;
+    bool whole;  // the piece exists
+    const auto enter_next = [&]() {
+        const int number = next.chunk * kPieces + piece;
+        whole = number < pieces;
+        dy = next.rows.least * p.y.pixel_step + next.plane_y;
+        dx = next.columns.least * p.x.pixel_step + next.plane_x;
+        from = dy * p.steps.row + dx * p.steps.column + std::int64_t(number) * kElements;
+    };
+    enter_next();
     struct Item {
         bool exists, reads;
         std::int64_t from;
         int y, x;
     };
     const auto find = [&](int i) -> Item {
-        const int slot = first + i * kStep, number = next.chunk * kPieces + piece;
-        if (slot >= h.slots) return {};
-        const TapPixel pixel = shared.pixels[slot];
-        const int dy = halo_taps(next.rows, h.y).least * p.y.pixel_step + next.plane_y;
-        const int dx = halo_taps(next.columns, h.x).least * p.x.pixel_step + next.plane_x;
+        if (first + i * kStep >= h.slots) return {};
+        const TapPixel pixel = shared.pixels[first + i * kStep];
         const int y = pixel.y + dy, x = pixel.x + dx;
         const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
                             static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
-        return {pixel.y != kUnread, inside && number < pieces,
-                pixel.source + dy * p.steps.row + dx * p.steps.column +
-                    std::int64_t(number) * kElements,
-                y, x};
+        return {pixel.y != kUnread, inside && whole, pixel.source + from, y, x};
     };
     const auto load = [&](const Item& item) -> Vector<T, kElements> {
         Vector<T, kElements> vector = {};
-        if (item.reads) vector = convert<T>(source.template load<kElements>(item.from, item.y, item.x));
+        if (item.reads)
+            vector = convert<T>(source.template load<kElements>(item.from, item.y, item.x));
         return vector;
     };
+    const int halo_slot = kept(piece * kHaloSlots + first);
     const auto store = [&](Piece* halo, int i, Vector<T, kElements> vector) {
         if (p.rectify)
 #pragma unroll
             for (T& value : vector.value) value = rectify(value);
-        reinterpret_cast<Vector<T, kElements>*>(halo)[piece * kHaloSlots + first + i * kStep] =
-            vector;
+        reinterpret_cast<Vector<T, kElements>*>(halo)[halo_slot + i * kStep] = vector;
     };
     const auto bring = [&](Piece* halo, int begin, int end) {
 #pragma unroll 1
@@ -188,74 +199,72 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
             if constexpr (kTransposed)
                 store(halo, i, load(item));
             else
-                cp_async<16>(halo + piece * kHaloSlots + first + i * kStep,
-                             source.values + item.from, item.reads ? 16 : 0);
+                cp_async<16>(halo + halo_slot + i * kStep, source.values + item.from,
+                             item.reads ? 16 : 0);
         }
     };
 
+    const int items = (h.slots + kStep - 1) / kStep;
     if (steps > 0) bring(shared.halos, 0, items);
     for (int step = 0; step < kStages - 1; ++step) bring_weights(step);
 
-    int row = 0, column = 0, buffer = 0, brought = 0;
-    PhaseTaps own_rows = next.rows, own_columns = next.columns;
-    next.advance(p, h);
-    const auto first_shift = [&]() {
-        return halo_taps(own_rows, h.y).first * h.pitch + halo_taps(own_columns, h.x).first;
-    };
-    int shift = first_shift();
-    int left_steps = steps - own_rows.count * own_columns.count;  // after this chunk
-    bool alone = false;  // the chunk before this one had one tap, with whose step this halo came
+    // The chunk that is multiplied; the next halo comes with its taps.
+    HaloTaps own_rows = next.rows, own_columns = next.columns;
+    int row = 0, column = 0, brought = 0, buffer = 0, stage = 0;
+    int shift = own_rows.back * h.pitch + own_columns.back;
+    int later = steps - own_rows.count * own_columns.count;  // steps after this chunk
+    bool alone = false;  // this halo came with the only step of the chunk before
+    next.advance(h);
+    enter_next();
     for (int step = 0; step < steps; ++step) {
         // The copies of this step have come, and nobody reads what the next ones replace.
-        if (alone && row + column == 0)
+        if (alone)
             cp_async_wait<0>();
         else
             cp_async_wait<kStages - 2>();
         __syncthreads();
 
-        // A part of the next halo, in all steps of this chunk but the last, if it is not the only.
-        const int taps = own_rows.count * own_columns.count;
-        const int part = taps > 1 ? (items + taps - 2) / (taps - 1) : items;
-        const int begin = brought;
-        const int end = left_steps > 0 ? (begin + part < items ? begin + part : items) : begin;
-        Piece* const empty = shared.halos + (1 - buffer) * Shared::kHalo;
         constexpr int kHeld = kTransposed ? 2 : 0;  // on their way while this step is multiplied
-        const int now = end - begin > kHeld ? end - kHeld : begin;
+        Piece* const empty = shared.halos + (1 - buffer) * Shared::kHalo;
+        const int begin = brought, end = later > 0 ? min(begin + h.part, items) : begin;
+        const int now = max(end - kHeld, begin);
         bring(empty, begin, now);
-        brought = end;
         bring_weights(step + kStages - 1);
+        brought = end;
         bool exists[kHeld > 0 ? kHeld : 1];
         Vector<T, kElements> held[kHeld > 0 ? kHeld : 1];
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            exists[i] = false;
-            if (now + i < end) {
-                const Item item = find(now + i);
-                exists[i] = item.exists;
-                held[i] = load(item);
-            }
+            const Item item = now + i < end ? find(now + i) : Item{};
+            exists[i] = item.exists;
+            held[i] = load(item);
         }
         const Piece* const halo = shared.halos + buffer * Shared::kHalo + shift;
         Tile::template multiply<Factors>(
-            [&](int k, int i) { return halo + left[i] + 2 * k * kHaloSlots; },
-            shared.stages + step % kStages * Shared::kStage, right, sum);
+            [&](int k, int i, std::uint32_t (&bits)[4]) {
+                load_matrices<false>(bits, halo + left[i] + 2 * k * kHaloSlots);
+            },
+            shared.stages + stage * Shared::kStage, right, sum);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
             if (exists[i]) store(empty, now + i, held[i]);
 
+        alone = false;
+        stage = stage + 1 < kStages ? stage + 1 : 0;
         shift += h.x.step;
         if (++column < own_columns.count) continue;
         column = 0;
         shift += h.y.step * h.pitch - own_columns.count * h.x.step;
         if (++row < own_rows.count) continue;
         row = 0;
-        alone = taps == 1;
+        alone = own_rows.count * own_columns.count == 1;
         own_rows = next.rows, own_columns = next.columns;
-        next.advance(p, h);
-        shift = first_shift();
-        left_steps -= own_rows.count * own_columns.count;
-        buffer = 1 - buffer;
+        shift = own_rows.back * h.pitch + own_columns.back;
+        later -= own_rows.count * own_columns.count;
         brought = 0;
+        buffer = 1 - buffer;
+        next.advance(h);
+        enter_next();
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -275,7 +284,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         HaloShared<Tile>(memory), sum, [&](int row) { return halo_slot(block, h, row); },
         [&](int slot) { return halo_pixel(block, p, h, slot); });
     store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(memory), bias, forward,
-                        result);
+                        result, [](int row) { return row; });
 }
 
 template <typename Factors, bool kTransposed, typename Source>
@@ -284,7 +293,7 @@ void launch_halo_mma(TapPlan p, const Source& source, Address packed, Address bi
     using T = typename Factors::T;
     const HaloPlan h = halo_plan<kTransposed>(p, p.channels / Pack<T>::size);
     p.quads = p.columns % 4 == 0 && aligned(result);
-    with_mma_tile<Factors, false>(p, [&](auto tile) {
+    with_mma_tile<Factors>(p, [&](auto tile) {
         using Tile = decltype(tile);
         const dim3 grid = tap_grid(p, p.block_pixels, Tile::kN);
         if (grid.x == 0) return;

@@ -127,8 +127,8 @@ struct MmaTile {
             slots[k] = kept(slot<kN>(2 * k + number / 8 % 2, column));
     }
 
-    // The product of a chunk: left(k, i) is where the lane's matrices of pair k begin for the i-th
-    // 16 rows of its warp.
+    // The product of a chunk: left(k, i, bits) gives the lane's fragment of pair k for the i-th 16
+    // rows of its warp.
     template <typename Factors, typename Left>
     __device__ __forceinline__ static void multiply(Left&& left, const Piece* right,
                                                     const Slots& slots, Accumulator& sum) {
@@ -137,7 +137,7 @@ struct MmaTile {
             typename Factors::Left a[kWarpM / 16];
 #pragma unroll
             for (int i = 0; i < kWarpM / 16; ++i) {
-                load_matrices<false>(a[i].bits, left(k, i));
+                left(k, i, a[i].bits);
                 Factors::prepare(a[i]);
             }
 #pragma unroll

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "halo.cuh"
+#include "patch_mma.cuh"
 #include "places.cuh"
 
 namespace zfcuda {
@@ -100,6 +101,21 @@ struct PoolBlock {
         const int y = (top + row) * p.y.pixel_step, x = (left + column) * p.x.pixel_step;
         return {p.steps.offset(n, std::int64_t(group) * p.channels, y, x),
                 column < pool.x.box + h.x.span ? y : kUnread, x};
+    }
+
+    // The element where a pixel's runs begin in its patch, and where a row of the patch begins: see
+    // patch_mma.cuh.
+    __device__ int patch_base(const TapPlan& p, const PoolPlan& pool, const PatchPlan& h,
+                              int number) const {
+        const int row = pool.box_width.divide(number);
+        if (row >= pool.y.box) return 0;
+        const int column = number - row * pool.x.box;
+        return row * p.y.stride * h.pitch + column * p.x.stride * p.pixel;
+    }
+    __device__ TapPixel patch_row(const TapPlan& p, int row) const {
+        const int y = top * p.y.stride - p.y.padding + row;
+        const int x = left * p.x.stride - p.x.padding;
+        return {p.steps.offset(n, 0, y, x), y, x};
     }
 
     // The maximum of each window and its switch, for kPart channels from `part` of the block on,

@@ -148,13 +148,15 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 #endif
 
 // ---- Asynchronous copies, global to shared memory. Bytes is 4, 8 or 16 and both sides are so
-// aligned; what lies beyond valid_bytes is not read but filled with zeros. Before sm_80 the copy
-// is an ordinary one.
+// aligned; what lies beyond valid_bytes is not read but filled with zeros. Copies of 16 bytes go
+// past the first-level cache unless FirstLevel; the others cannot. Before sm_80 the copy is an
+// ordinary one.
 
-template <int Bytes>
+template <int Bytes, bool FirstLevel = Bytes != 16>
 __device__ __forceinline__ void cp_async(void* shared, const void* global,
                                          int valid_bytes = Bytes) {
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
+    static_assert(FirstLevel || Bytes == 16, "only copies of 16 bytes go past the first level");
 #if defined(ZF_SIMT)
     simt::copy_async(shared, global, Bytes, valid_bytes);
 #else
@@ -175,7 +177,7 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global,
                     word |= unsigned(static_cast<const unsigned char*>(global)[j]) << 8 * (j - i);
             *reinterpret_cast<unsigned*>(static_cast<char*>(shared) + i) = word;
         }
-    } else if constexpr (Bytes == 16) {  // past the first-level cache
+    } else if constexpr (!FirstLevel) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                      "l"(__cvta_generic_to_global(global)), "r"(valid_bytes)
                      : "memory");

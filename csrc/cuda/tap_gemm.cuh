@@ -42,6 +42,7 @@
 #pragma once
 
 #include "halo_mma.cuh"
+#include "patch_mma.cuh"
 #include "tap_product.cuh"
 
 namespace zfcuda {
@@ -187,15 +188,13 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
-            const auto from = tensor(T{});
             if constexpr (!kTransposed) {
                 if (p.run != 0)
-                    return launch_tap_mma<Factors>(p, MergedSource<T>{source.as<const T>()}, packed,
-                                                   bias, mask, result, exec);
+                    return launch_patch_mma<Factors>(p, source, packed, bias, mask, result, exec);
                 if (!halo_pays(p, Pack<T>::size))
-                    return launch_tap_mma<Factors>(p, from, packed, bias, mask, result, exec);
+                    return launch_tap_mma<Factors>(p, source, packed, bias, mask, result, exec);
             }
-            launch_halo_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);
+            launch_halo_mma<Factors, kTransposed>(p, tensor(T{}), packed, bias, mask, result, exec);
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);

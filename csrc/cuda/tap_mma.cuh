@@ -1,5 +1,6 @@
-// The product of tap_gemm.cuh on the tensor cores, for NHWC sources with whole pieces of channels,
-// and for those of few channels whose rows of taps are merged (tap_plan.cuh).
+// The convolution of tap_gemm.cuh on the tensor cores, for NHWC sources with whole pieces of
+// channels and filters whose taps would share little of a halo (halo_mma.cuh): 1 x 1, 3 x 3 of
+// stride 2.
 //
 //   result[pixel][column] = sum over k = (tap, channel) of source[pixel + tap][channel] * packed
 //
@@ -14,16 +15,7 @@
 //
 // A piece is 16 bytes, four floats or eight halves. Channels are whole pieces, so a piece lies in
 // one tap and is inside the source or zero as a whole: cp.async brings it, or zeros. Weights are
-// packed in pieces too. What happens to a value while it is loaded is not for cp.async: sources of
-// the transposed product, which are gated or gathered from an unpooled signal, go through
-// registers, two chunks ahead like the copies. There is one barrier a chunk.
-//
-// Merged rows: a pixel's "channels" are the run of a kernel row, and overlap those of the pixels
-// beside it. A run begins at any element and leaves the image at any, so float32 comes by
-// copies of four bytes, each inside or zero by itself, and halves through registers. conv1 of ZFNet
-// has 7 runs of 21, filled up to 24, in chunks of 16: 147 of 176 products are useful; its 96 maps
-// fill a tile of 128 x 96, four warps of 64 x 48: 48 products of a warp for 16 copies of
-// four bytes and three of 16.
+// packed in pieces too. There is one barrier a chunk.
 //
 // Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
 // a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.
@@ -48,17 +40,10 @@
 
 namespace zfcuda {
 
-// An image whose rows of taps are merged.
-template <typename T>
-struct MergedSource {
-    using Value = T;
-    const T* values;
-};
-
 // The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
 // Tile::kSharedBytes, which every thread may use again afterwards.
-template <typename Factors, typename Tile, typename Source, typename PixelOf>
-__device__ __forceinline__ void mma_product(const TapPlan& p, const Source& source,
+template <typename Factors, typename Tile, typename PixelOf>
+__device__ __forceinline__ void mma_product(const TapPlan& p, const typename Factors::T* source,
                                             const PhaseTaps& rows, const PhaseTaps& columns,
                                             int group, int first_column,
                                             const typename Factors::T* packed, Piece* stages,
@@ -66,8 +51,6 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
     using T = typename Factors::T;
     constexpr int kM = Tile::kM, kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
     constexpr int kElements = Pack<T>::size;  // of a piece
-    constexpr bool kMerged = std::is_same_v<Source, MergedSource<T>>;
-    constexpr bool kStaged = kMerged && sizeof(T) < 4;  // through registers
     constexpr int kStep = Tile::kThreads / kPieces;  // rows that the block brings at once
     constexpr int kLeft = kM / kStep, kRight = (kN + kStep - 1) / kStep;
     static_assert(kStep % 8 == 0 && kM % kStep == 0,
@@ -82,16 +65,6 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) pixels[i] = table[first + i * kStep];
     __syncthreads();
-
-    // The elements of a merged row that lie in the image and in the run: [low, high).
-    int low[kMerged ? kLeft : 1], high[kMerged ? kLeft : 1];
-    if constexpr (kMerged)
-#pragma unroll
-        for (int i = 0; i < kLeft; ++i) {
-            low[i] = -pixels[i].x * p.pixel;
-            high[i] = (p.width - pixels[i].x) * p.pixel;
-            if (high[i] > p.run) high[i] = p.run;
-        }
 
     const int pieces = p.channels / kElements;                // of a pixel
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
@@ -121,40 +94,17 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         for (int i = 0; i < kLeft; ++i) {
             from[i] = pixels[i].source + offset;
             if (static_cast<unsigned>(pixels[i].y + y) < static_cast<unsigned>(p.height) &&
-                (kMerged ||
-                 static_cast<unsigned>(pixels[i].x + x) < static_cast<unsigned>(p.width)))
+                static_cast<unsigned>(pixels[i].x + x) < static_cast<unsigned>(p.width))
                 inside |= 1u << i;
         }
     };
     enter_tap();
 
-    Vector<T, kElements> staged[kStaged ? kLeft : 1];
     const auto bring_left = [&](Piece* stage) {
 #pragma unroll
-        for (int i = 0; i < kLeft; ++i) {
-            const bool reads = inside & 1u << i;
-            if constexpr (kMerged) {
-                T* const to = reinterpret_cast<T*>(stage + left_slot + i * kStep);
-#pragma unroll
-                for (int e = 0; e < kElements; ++e) {
-                    const int element = at.channel * kElements + e;
-                    const bool own = reads && element >= low[i] && element < high[i];
-                    const T* const value = source.values + from[i] + e;
-                    if constexpr (kStaged)
-                        staged[i].value[e] = own ? *value : T(0);
-                    else
-                        cp_async<4>(to + e, value, own ? 4 : 0);
-                }
-            } else {
-                cp_async<16>(stage + left_slot + i * kStep, source.values + from[i],
-                             reads ? 16 : 0);
-            }
-        }
-    };
-    const auto store_left = [&](Piece* stage) {
-        auto* const to = reinterpret_cast<Vector<T, kElements>*>(stage) + left_slot;
-#pragma unroll
-        for (int i = 0; i < kLeft; ++i) to[i * kStep] = staged[i];
+        for (int i = 0; i < kLeft; ++i)
+            cp_async<16>(stage + left_slot + i * kStep, source + from[i],
+                         inside & 1u << i ? 16 : 0);
     };
     const auto bring_right = [&](Piece* stage) {
         const int bytes = at.row < rows.count ? 16 : 0;
@@ -181,17 +131,9 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         }
         cp_async_commit();  // perhaps an empty group, so that the newest two are always the same
     };
-    const auto finish = [&](int chunk, int buffer) {
-        if constexpr (kStaged)
-            if (chunk < chunks) store_left(stages + buffer * Tile::kStagePieces);
-    };
-
     constexpr int kAhead = kStages - 1;
 #pragma unroll
-    for (int chunk = 0; chunk < kAhead; ++chunk) {
-        bring(chunk, chunk);
-        finish(chunk, chunk);
-    }
+    for (int chunk = 0; chunk < kAhead; ++chunk) bring(chunk, chunk);
     typename Tile::Slots left, right;
     Tile::left_slots(left);
     Tile::right_slots(right);
@@ -204,9 +146,10 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
         bring(chunk + kAhead, empty);
         const Piece* const stage = stages + full * Tile::kStagePieces;
         Tile::template multiply<Factors>(
-            [&](int k, int i) { return stage + left[k] + 16 * i; }, stage + kM * kPieces, right,
-            sum);
-        finish(chunk + kAhead, empty);
+            [&](int k, int i, std::uint32_t (&bits)[4]) {
+                load_matrices<false>(bits, stage + left[k] + 16 * i);
+            },
+            stage + kM * kPieces, right, sum);
         empty = full;
         full = full + 1 < kStages ? full + 1 : 0;
     }
@@ -215,14 +158,14 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 }
 
 // The finished sums of a block: bias, gate, rounding, and 16 bytes a thread where they fit.
-// `targets` has room for kM.
-template <typename Tile, bool kTransposed, typename T>
+// `targets` has room for kM; `pixel_of(row)` is the pixel of a row of the tile.
+template <typename Tile, bool kTransposed, typename T, typename PixelOf>
 __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<kTransposed>& block,
                                               const typename Tile::Accumulator& sum,
                                               std::int64_t* targets, const T* bias,
-                                              const T* forward, T* result) {
+                                              const T* forward, T* result, PixelOf&& pixel_of) {
     for (int row = threadIdx.x; row < Tile::kM; row += Tile::kThreads)
-        targets[row] = block.target(p, row);
+        targets[row] = block.target(p, pixel_of(row));
     __syncthreads();
     const TapResult<T, kTransposed> to = {result, forward, p.rectify};
 #pragma unroll
@@ -241,9 +184,9 @@ __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<k
     }
 }
 
-template <typename Factors, typename Tile, typename Source>
+template <typename Factors, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
-    tap_mma_kernel(TapPlan p, Source source, const typename Factors::T* packed,
+    tap_mma_kernel(TapPlan p, const typename Factors::T* source, const typename Factors::T* packed,
                    const typename Factors::T* bias, const typename Factors::T* forward,
                    typename Factors::T* result) {
     ZF_DYNAMIC_SHARED(Piece, stages);
@@ -253,7 +196,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
                                block.first_column, packed, stages, sum,
                                [&](int row) { return block.pixel(p, row); });
     store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(stages), bias, forward,
-                        result);
+                        result, [](int row) { return row; });
 }
 
 // body(Factors{}) for a way on the tensor cores.
@@ -264,32 +207,27 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
     dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
-// body(Tile{}) for the tile of a product: of merged rows one that fits; else the largest where it
-// fills the GPU, but not with split factors, whose registers would spill.
-template <typename Factors, bool kMerged, typename Body>
+// body(Tile{}) for the tile of a product: the largest where it fills the GPU, but not with split
+// factors, whose registers would spill.
+template <typename Factors, typename Body>
 void with_mma_tile(const TapPlan& p, Body&& body) {
-    if constexpr (kMerged) {
-        if (p.padded_columns % 96 == 0) return body(MergedMmaTile{});
-    } else {
-        if (p.padded_columns == 16) return body(NarrowMmaTile{});
-        if constexpr (!std::is_same_v<Factors, Tf32x3>)
-            if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
-    }
+    if (p.padded_columns == 16) return body(NarrowMmaTile{});
+    if constexpr (!std::is_same_v<Factors, Tf32x3>)
+        if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
     body(MediumMmaTile{});
 }
 
-template <typename Factors, typename Source>
-void launch_tap_mma(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
+template <typename Factors>
+void launch_tap_mma(TapPlan p, Address source, Address packed, Address bias, Address forward,
                     Address result, const Exec& exec) {
     using T = typename Factors::T;
     p.quads = p.columns % 4 == 0 && aligned(result);
-    constexpr bool kMerged = std::is_same_v<Source, MergedSource<T>>;
-    with_mma_tile<Factors, kMerged>(p, [&](auto tile) {
+    with_mma_tile<Factors>(p, [&](auto tile) {
         using Tile = decltype(tile);
         const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
         if (grid.x == 0) return;
-        launch(tap_mma_kernel<Factors, Tile, Source>, grid, dim3(Tile::kThreads),
-               Tile::kSharedBytes, exec, p, source, packed.as<const T>(), bias.as<const T>(),
+        launch(tap_mma_kernel<Factors, Tile>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, exec,
+               p, source.as<const T>(), packed.as<const T>(), bias.as<const T>(),
                forward.as<const T>(), result.as<T>());
     });
 }

@@ -112,16 +112,6 @@ bool whole_pieces(const ConvShape& s, Dtype dtype) {
     return channels * element_bytes(dtype) % 16 == 0;
 }
 
-// Whether the rows of a filter can be merged. Where its columns stand side by side, a row of it
-// meets a run of neighbours in an NHWC image: all its columns' channels. A convolution of the
-// images' three colours has seven such runs of 21 values, which fill pieces better than channels.
-template <bool kTransposed>
-bool rows_merge(const ConvShape& s, Dtype dtype) {
-    return !kTransposed && s.channels_last && !whole_pieces<kTransposed>(s, dtype) &&
-           s.groups == 1 && s.dilation_w == 1 && !narrow(s.out_channels, dtype) &&
-           (s.in_width + 2 * s.padding_w) * s.in_channels < 1 << 30;
-}
-
 // Elements of a merged row with what its last piece is filled up with.
 inline std::int64_t merged_row(const ConvShape& s, Dtype dtype) {
     const std::int64_t piece = 16 / element_bytes(dtype);
@@ -149,6 +139,28 @@ inline bool halo_fits(const ConvShape& s) {
     const std::int64_t y = halo_span(s.kernel_h, s.stride_h, s.dilation_h);
     const std::int64_t x = halo_span(s.kernel_w, s.stride_w, s.dilation_w);
     return y < kHaloSlots && x < kHaloSlots && (y + 1) * (x + 8) <= kHaloSlots;
+}
+
+// Bytes of the part of an image that a block keeps in shared memory where rows are merged
+// (patch_mma.cuh).
+constexpr std::int64_t kPatchBytes = 40 * 1024;
+
+// Whether eight pixels and all their taps fit there, twice for halves.
+inline bool patch_fits(const ConvShape& s) {
+    const std::int64_t rows = (s.kernel_h - 1) * s.dilation_h + 1;
+    const std::int64_t columns = 7 * s.stride_w + s.kernel_w;
+    return rows < kPatchBytes && columns * s.in_channels < kPatchBytes &&
+           rows * (columns * s.in_channels + 4) * 4 + 128 <= kPatchBytes;
+}
+
+// Whether the rows of a filter can be merged. Where its columns stand side by side, a row of it
+// meets a run of neighbours in an NHWC image: all its columns' channels. A convolution of the
+// images' three colours has seven such runs of 21 values, which fill pieces better than channels.
+template <bool kTransposed>
+bool rows_merge(const ConvShape& s, Dtype dtype) {
+    return !kTransposed && s.channels_last && !whole_pieces<kTransposed>(s, dtype) &&
+           s.groups == 1 && s.dilation_w == 1 && !narrow(s.out_channels, dtype) &&
+           (s.in_width + 2 * s.padding_w) * s.in_channels < 1 << 30 && patch_fits(s);
 }
 
 // Bytes of the packed weights.
