@@ -73,6 +73,10 @@ MERGED = [
     ((1, 6, 5, 7), (17, 6, 2, 3), {"stride": (1, 3)}),
     ((1, 2, 2, 3), (100, 2, 5, 6), {"padding": (2, 4), "stride": (2, 1)}),
     ((0, 3, 9, 9), (96, 3, 7, 7), {}),
+    ((2, 3, 5, 150), (20, 3, 3, 3), {"padding": 1}),  # strips
+    ((9, 3, 2, 3), (20, 3, 3, 2), {"padding": 1}),  # several images to a block
+    ((3, 3, 13, 6), (17, 3, 2, 3), {"stride": (5, 2)}),  # rows between those that are read
+    ((1, 2, 61, 40), (17, 2, 60, 35), {"padding": 2}),  # few pixels to a block
 ]
 CASES += MERGED
 
@@ -154,6 +158,15 @@ DOWN = [
     ((9, 32, 2, 1), (32, 20, 3, 3), {}),
     ((1, 16, 3, 4), (16, 5, 17, 5), {"dilation": (1, 2)}),
 ]
+
+
+@CUDA
+@IN_EACH_MODE
+def test_a_patch_that_fits_no_block(backend, mode):
+    image, weight = normal(1, 3, 92, 31), normal(17, 3, 90, 30, seed=1)
+    actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight))
+    by_fma = mode if mode in HALVES else "by FMA"
+    check_model(actual, lambda x, w: F.conv2d(x, w).relu(), image.float(), weight, by_fma)
 
 
 @CUDA

@@ -97,8 +97,7 @@ struct ByTaps {
     int bytes() const { return Tile::kSharedBytes; }
     __device__ int pixel(int row) const { return row; }
     __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
-                            const T* packed, Piece* memory,
-                            typename Tile::Accumulator& sum) const {
+                            const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
         mma_product<Factors, Tile>(p, image, block.rows, block.columns, block.group,
                                    block.first_column, packed, memory, sum,
                                    [&](int row) { return block.pixel(p, pool, row); });
@@ -114,8 +113,7 @@ struct ByHalo {
     int bytes() const { return HaloShared<Tile>::kBytes; }
     __device__ int pixel(int row) const { return row; }
     __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
-                            const T* packed, Piece* memory,
-                            typename Tile::Accumulator& sum) const {
+                            const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
         halo_product<Factors, Tile, false>(
             p, h, TensorSource<T>{image}, block.rows, block.columns, block.group,
             block.first_column, packed, HaloShared<Tile>(memory), sum,
@@ -133,8 +131,7 @@ struct ByPatch {
     int bytes() const { return static_cast<int>(PatchShared<Tile>::bytes(h)); }
     __device__ int pixel(int row) const { return patch_pixel(h, row); }
     __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
-                            const T* packed, Piece* memory,
-                            typename Tile::Accumulator& sum) const {
+                            const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
         patch_product<Factors, Tile>(
             p, h, image, block.first_column, packed, PatchShared<Tile>(memory), sum,
             [&](int number) { return block.patch_base(p, pool, h, number); },
@@ -257,8 +254,8 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
             };
             if (by_patch)
                 return with_patch_tile(p, [&](auto tile) {
-                    run(tile, ByPatch<Factors, decltype(tile)>{source,
-                                                               patch(plan.y.box, plan.x.box)});
+                    run(tile,
+                        ByPatch<Factors, decltype(tile)>{source, patch(plan.y.box, plan.x.box)});
                 });
             const auto with_tile = [&](auto tile) {
                 using Tile = decltype(tile);

@@ -30,7 +30,7 @@
 namespace zfcuda {
 
 constexpr int kBlockPixels = 128;  // at most
-constexpr int kMostPlanes = 4;    // of an axis: larger strides do without halos
+constexpr int kMostPlanes = 4;     // of an axis: larger strides do without halos
 constexpr int kUnread = std::numeric_limits<int>::min();  // the row of a slot that no tap reads
 
 // The taps of a plane (or phase) along one axis: those from `first` on, tap_step apart. A slot at
@@ -65,8 +65,8 @@ struct HaloPlan {
     int chunks;  // of channels
     int part;    // what a thread brings of the next halo with each tap
 
-    // For halos of so many rows, of lines of pixels of this width. Threads bring every 32nd slot, in
-    // all steps of a chunk but the last, where there are several.
+    // For halos of so many rows, of lines of pixels of this width. Threads bring every 32nd slot,
+    // in all steps of a chunk but the last, where there are several.
     void set(std::int64_t rows, std::int64_t width, int pieces) {
         pitch = static_cast<int>(halo_pitch(width, x.span));
         slots = static_cast<int>(rows) * pitch;
@@ -99,8 +99,11 @@ template <bool kTransposed>
 HaloAxis halo_axis(const TapAxis& axis) {
     const int divisor = static_cast<int>(greatest_divisor(axis.stride, axis.dilation));
     const int tap_step = axis.stride / divisor, step = axis.dilation / divisor;
-    HaloAxis h = {kTransposed ? 1 : axis.stride, tap_step, kTransposed ? -step : step,
-                  static_cast<int>(halo_span(axis.kernel, axis.stride, axis.dilation)), {}};
+    HaloAxis h = {kTransposed ? 1 : axis.stride,
+                  tap_step,
+                  kTransposed ? -step : step,
+                  static_cast<int>(halo_span(axis.kernel, axis.stride, axis.dilation)),
+                  {}};
     // Of the phases the one with the fewest taps stands for all.
     if (kTransposed) h.taps[0].count = axis.kernel / tap_step > 0 ? axis.kernel / tap_step : 1;
     for (int plane = 0; !kTransposed && plane < axis.stride && plane < kMostPlanes; ++plane)
@@ -186,8 +189,8 @@ __device__ TapPixel halo_pixel(const TapBlock<kTransposed>& block, const TapPlan
     const int column = slot % h.pitch, tall = block.rows.pixels + h.y.span;
     const std::int64_t strip = first + row / tall, n = strip / block.strips;
     const int y = row % tall * p.y.pixel_step;
-    const int x = (static_cast<int>(strip - n * block.strips) * block.strip + column) *
-                  p.x.pixel_step;
+    const int x =
+        (static_cast<int>(strip - n * block.strips) * block.strip + column) * p.x.pixel_step;
     const std::int64_t from = p.steps.offset(n, std::int64_t(block.group) * p.channels, y, x);
     return {from, column >= block.strip + h.x.span ? kUnread : n < p.batch ? y : kOutside, x};
 }

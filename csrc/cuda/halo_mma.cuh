@@ -7,7 +7,8 @@
 //            |  halo of a chunk: |   |   |   |    weights of one tap: three buffers, copies fill
 //            |  4 pieces         |   |   |   |    two of them while the third is multiplied
 //            +-------------------+---+---+---+- -
-//            |  halo of the next |    comes while the taps of this chunk are multiplied, a part with
+//            |  halo of the next |    comes while the taps of this chunk are multiplied, a part
+//            with
 //            +-------------------+    each tap but the last
 //
 // tap_mma.cuh reads the source anew for each tap: 9 times for 3 x 3, from L2. Here it comes once a
@@ -117,9 +118,9 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
     const int pieces = p.channels / kElements;  // of a pixel
     const int taps_of_group = p.y.kernel * p.x.kernel;
     const T* const weights =
-        packed + (std::int64_t(group) * taps_of_group * pieces * p.padded_columns + first_column +
-                  first) *
-                     kElements;
+        packed +
+        (std::int64_t(group) * taps_of_group * pieces * p.padded_columns + first_column + first) *
+            kElements;
     HaloChunk<kTransposed> ahead(h, rows, columns);  // of the weights that come next
     int ahead_row = 0, ahead_column = 0;
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));

@@ -107,8 +107,8 @@ struct MmaTile {
     __device__ static int first_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
     __device__ static int first_column() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
 
-    // What a lane gives to ldmatrix.x4 for a pair of pieces. On the left its matrices are rows 0, 8,
-    // 0, 8 of pieces 0, 0, 1, 1, and the next 16 rows follow; on the right columns 0, 0, 8, 8 of
+    // What a lane gives to ldmatrix.x4 for a pair of pieces. On the left its matrices are rows 0,
+    // 8, 0, 8 of pieces 0, 0, 1, 1, and the next 16 rows follow; on the right columns 0, 0, 8, 8 of
     // pieces 0, 1, 0, 1, and the next 16 columns are 16 slots further on.
     using Slots = int[kPieces / 2];
 

@@ -69,10 +69,11 @@ inline PatchPlan patch_plan(const TapPlan& p, int bytes, std::int64_t lines, std
     const std::int64_t span = std::int64_t(p.y.kernel - 1) * p.y.dilation + 1;
     const std::int64_t more = span > p.y.stride ? span - p.y.stride : 0;
     const std::int64_t rows = (lines - 1) * p.y.stride + span + strips * more;
-    const std::int64_t length = (width - 1) * step + p.run, pitch = (length + 3) / 4 * 4;
+    // The last run is read to the end of its last piece, which may be a half further on.
+    const std::int64_t last = (width - 1) * step, pitch = (last + p.channels + 1 + 3) / 4 * 4;
     const std::int64_t words = rows * pitch * bytes / 4;
     h.rows = static_cast<int>(rows), h.pitch = static_cast<int>(pitch);
-    h.length = static_cast<int>(length);
+    h.length = static_cast<int>(last) + p.run;
     h.tall = static_cast<int>((p.y.size - std::int64_t(1)) * p.y.stride + span);
     const std::int64_t second = bytes == 2 && step % 2 != 0 ? (words + 15) / 32 * 32 + 16 : 0;
     h.second = static_cast<int>(second);
@@ -87,15 +88,14 @@ inline PatchPlan patch_plan(TapPlan& p, int bytes) {
         const std::int64_t strips = line_ends(std::int64_t(strip) * p.y.size, pixels);
         return patch_plan(p, bytes, 1 + line_ends(strip, pixels), strip, strips);
     };
-    choose_strips(p, kPatchBytes, [&](int strip, int pixels) {
-        return measured(strip, pixels).bytes;
-    });
+    choose_strips(p, kPatchBytes,
+                  [&](int strip, int pixels) { return measured(strip, pixels).bytes; });
     return measured(p.strip, p.block_pixels);
 }
 
 // The element of the patch where a pixel's runs begin.
-__device__ inline int patch_base(const TapBlock<false>& block, const TapPlan& p,
-                                 const PatchPlan& h, int pixel) {
+__device__ inline int patch_base(const TapBlock<false>& block, const TapPlan& p, const PatchPlan& h,
+                                 int pixel) {
     if (pixel >= block.pixels) return 0;
     const std::int64_t line = block.first_pixel / block.strip;
     const int x = static_cast<int>(block.first_pixel - line * block.strip) + pixel;
@@ -110,12 +110,11 @@ __device__ inline TapPixel patch_row(const TapBlock<false>& block, const TapPlan
                                      const PatchPlan& h, int row) {
     const std::int64_t line = block.first_pixel / block.strip;
     const std::int64_t first = line / block.rows.pixels;
-    const int down =
-        static_cast<int>(line - first * block.rows.pixels) * p.y.stride + row;
+    const int down = static_cast<int>(line - first * block.rows.pixels) * p.y.stride + row;
     const std::int64_t strip = first + down / h.tall, n = strip / block.strips;
     const int y = down % h.tall - p.y.padding;
-    const int x = static_cast<int>(strip - n * block.strips) * block.strip * p.x.stride -
-                  p.x.padding;
+    const int x =
+        static_cast<int>(strip - n * block.strips) * block.strip * p.x.stride - p.x.padding;
     return {p.steps.offset(n, 0, y, x), n < p.batch ? y : kOutside, x};
 }
 
@@ -182,8 +181,8 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));
     const int run_pieces = p.channels / kElements, pieces = p.y.kernel * run_pieces;
     const int chunks = (pieces + kPieces - 1) / kPieces;
-    const T* weights = packed + (std::int64_t(piece) * p.padded_columns + first_column + first) *
-                                    kElements;
+    const T* weights =
+        packed + (std::int64_t(piece) * p.padded_columns + first_column + first) * kElements;
     const auto bring_weights = [&](int chunk, int stage) {
         if (chunk < chunks) {
             const int bytes = chunk * kPieces + piece < pieces ? 16 : 0;
@@ -204,8 +203,8 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
         for (int e = 0; e < 2; ++e) {
             const int row = Tile::first_row() + 16 * i + 8 * e + threadIdx.x % 32 / 4;
             const int base = base_of(patch_pixel(h, row)), odd = h.second != 0 ? base % 2 : 0;
-            left[i][e] = shared.patch + (base + odd) * int(sizeof(T)) / 4 + odd * h.second +
-                         threadIdx.x % 4;
+            left[i][e] =
+                shared.patch + (base + odd) * int(sizeof(T)) / 4 + odd * h.second + threadIdx.x % 4;
         }
     typename Tile::Slots right;
     Tile::right_slots(right);
@@ -217,7 +216,9 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
     // What a lane keeps of the last piece of a run.
     const int last = p.run - (run_pieces - 1) * kElements;
     const int own = threadIdx.x % 4 * int(4 / sizeof(T));
-    const std::uint32_t kept_bits = own >= last ? 0u : own + int(4 / sizeof(T)) <= last ? ~0u : 0xffffu;
+    const std::uint32_t kept_bits = own >= last                        ? 0u
+                                    : own + int(4 / sizeof(T)) <= last ? ~0u
+                                                                       : 0xffffu;
     // Where the next piece of k begins in each run.
     const int next_row = p.y.dilation * h.pitch * int(sizeof(T)) / 4 - 4 * run_pieces;
     int at = 0, number = 0, row = 0;
@@ -275,9 +276,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         p, h, image, block.first_column, packed, PatchShared<Tile>(memory), sum,
         [&](int pixel) { return patch_base(block, p, h, pixel); },
         [&](int row) { return patch_row(block, p, h, row); });
-    store_results<Tile>(
-        p, block, sum, reinterpret_cast<std::int64_t*>(memory), bias, forward, result,
-        [&](int row) { return patch_pixel(h, row); });
+    store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(memory), bias, forward,
+                        result, [&](int row) { return patch_pixel(h, row); });
 }
 
 // body(Tile{}) for the tile that fits.

@@ -115,8 +115,8 @@ inline dim3 tap_grid(std::int64_t blocks) {
 inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
     // The pixels of the first phase, the largest one.
     const std::int64_t height = (p.y.size + p.y.phases - 1) / p.y.phases;
-    const std::int64_t width = p.strip > 0 ? std::int64_t(p.strips) * p.strip
-                                           : (p.x.size + p.x.phases - 1) / p.x.phases;
+    const std::int64_t width =
+        p.strip > 0 ? std::int64_t(p.strips) * p.strip : (p.x.size + p.x.phases - 1) / p.x.phases;
     const std::int64_t row_tiles = (p.batch * height * width + rows - 1) / rows;
     p.block_pixels = rows;
     p.column_tiles = (p.padded_columns + columns - 1) / columns;

@@ -50,7 +50,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
                                             typename Tile::Accumulator& sum, PixelOf&& pixel_of) {
     using T = typename Factors::T;
     constexpr int kM = Tile::kM, kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
-    constexpr int kElements = Pack<T>::size;  // of a piece
+    constexpr int kElements = Pack<T>::size;         // of a piece
     constexpr int kStep = Tile::kThreads / kPieces;  // rows that the block brings at once
     constexpr int kLeft = kM / kStep, kRight = (kN + kStep - 1) / kStep;
     static_assert(kStep % 8 == 0 && kM % kStep == 0,

@@ -58,7 +58,7 @@ struct TapPlan {
     std::int64_t batch;
     int groups, channels, columns;  // of the source and of the result, in a group
     int padded_columns;
-    int run, pixel;  // elements of a kernel row and of a pixel of the source, if rows_merge
+    int run, pixel;     // elements of a kernel row and of a pixel of the source, if rows_merge
     int strips, strip;  // the pixels of a row go by so many strips of this width, or whole: 0
     int block_pixels;   // of one block
     int row_tiles, column_tiles;
@@ -148,9 +148,9 @@ constexpr std::int64_t kPatchBytes = 40 * 1024;
 // Whether eight pixels and all their taps fit there, twice for halves.
 inline bool patch_fits(const ConvShape& s) {
     const std::int64_t rows = (s.kernel_h - 1) * s.dilation_h + 1;
-    const std::int64_t columns = 7 * s.stride_w + s.kernel_w;
-    return rows < kPatchBytes && columns * s.in_channels < kPatchBytes &&
-           rows * (columns * s.in_channels + 4) * 4 + 128 <= kPatchBytes;
+    const std::int64_t columns = (7 * s.stride_w + s.kernel_w) * s.in_channels;
+    return rows < kPatchBytes && columns < kPatchBytes &&
+           rows * (columns + 12) * 4 + 128 <= kPatchBytes;
 }
 
 // Whether the rows of a filter can be merged. Where its columns stand side by side, a row of it
