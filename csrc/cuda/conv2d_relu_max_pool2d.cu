@@ -10,15 +10,15 @@
 //            +-----+         +---------+ of the product
 //
 // The product is that of tap_gemm.cuh or, on the tensor cores, of tap_mma.cuh, with the pixels of
-// the box as its rows, so that the sums are those of conv2d_relu.cu; then the maps go to shared
-// memory where the operands lay (by FMA as many channels at a time as fit where the left one did),
-// and each thread looks through windows of them. Boxes overlap by what
-// windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11 pixels, of which they
-// own 10 x 10: 1.21 times the work of the convolution alone, for maps that are never in memory.
-// The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
-// then the maps of one image at a time go through the workspace.
-// Least bytes: image + weights + output + one byte a switch.
-// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
+// the box as its rows, so that the sums are those of conv2d_relu.cu (but where it splits
+// k, tap_split.cuh); then the maps go to shared memory where the operands lay (by FMA as many
+// channels at a time as fit where the left one did), and each thread looks through windows of them.
+// Boxes overlap by what windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11
+// pixels, of which they own 10 x 10: 1.21 times the work of the convolution alone, for maps that
+// are never in memory. The tile is the one with the fewest blocks. A window that is larger than kM
+// pixels fits no block: then the maps of one image at a time go through the workspace, behind that
+// of the convolution. Least bytes: image + weights + output + one byte a switch. Measured: not yet,
+// for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
 #include "pool_block.cuh"
@@ -145,8 +145,8 @@ int box_pixels(const ConvShape& s, Dtype dtype) {
 void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
               Address output, Address switches, Address workspace, const Exec& exec) {
     const std::int64_t images = s.batch, bytes = element_bytes(dtype);
-    const Address maps{workspace.as<char>() + packed_weights<false>(s, dtype)};
     s.batch = pool.batch = 1;
+    const Address maps{workspace.as<char>() + conv2d_workspace(s, dtype, exec)};
     for (std::int64_t n = 0; n < images; ++n) {
         const std::int64_t to = n * pool.output().step_image();
         const Address from{image.as<char>() + n * s.image().step_image() * bytes};
@@ -159,10 +159,11 @@ void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address w
 }  // namespace
 
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
-                                              Dtype dtype, const Exec&) {
-    const std::int64_t packed = packed_weights<false>(s, dtype);
-    if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed;
-    return packed + s.maps().step_image() * element_bytes(dtype);
+                                              Dtype dtype, const Exec& exec) {
+    if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed_weights<false>(s, dtype);
+    ConvShape one = s;
+    one.batch = 1;
+    return conv2d_workspace(one, dtype, exec) + s.maps().step_image() * element_bytes(dtype);
 }
 
 void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,

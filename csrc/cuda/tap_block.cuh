@@ -105,22 +105,18 @@ inline dim3 tap_grid(std::int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks));
 }
 
-// The grid for tiles of this size, whose numbers it writes into the plan; perhaps empty.
-inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
+// The grid for tiles of this size, whose numbers it writes into the plan, in x, perhaps empty;
+// the splits of k are y.
+inline dim3 tap_grid(TapPlan& p, int rows, int columns, int splits = 1) {
     // The pixels of the first phase, the largest one.
     const std::int64_t height = (p.y.size + p.y.phases - 1) / p.y.phases;
     const std::int64_t width = (p.x.size + p.x.phases - 1) / p.x.phases;
     const std::int64_t row_tiles = (p.batch * height * width + rows - 1) / rows;
     p.column_tiles = (p.padded_columns + columns - 1) / columns;
-    const dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
+    dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
+    grid.y = static_cast<unsigned>(splits);
     p.row_tiles = static_cast<int>(row_tiles);
     return grid;
-}
-
-// Whether tiles of this size have no columns that are padding alone, and are one for each SM of a
-// large GPU at least (132 on an H100).
-inline bool fills_gpu(TapPlan p, int rows, int columns) {
-    return p.padded_columns % columns == 0 && tap_grid(p, rows, columns).x >= 132;
 }
 
 // The bias of four columns of a group, zero beyond the last.

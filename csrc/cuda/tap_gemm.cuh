@@ -50,7 +50,7 @@ template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int k
           typename Source>
 __global__ void __launch_bounds__(kTileThreads, Tile::kResident)
     tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
-                    T* result) {
+                    void* result) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kPack = Pack<V>::size;
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
@@ -74,39 +74,40 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kResident)
         p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
     // Bias and gate; then quads of neighbours: pixels in NCHW, channels in NHWC.
-    const TapResult<T, kTransposed> to = {result, forward, p.rectify};
+    with_result<kTransposed>(p, forward, result, [&](const auto& to) {
 #pragma unroll
-    for (int q = 0; q < Tile::kColumns; q += 4) {
-        const int column = block.first_column + Tile::column(q);
-        V shift[4];
-        load_bias(p, block.group, bias, column, shift);
+        for (int q = 0; q < Tile::kColumns; q += 4) {
+            const int column = block.first_column + Tile::column(q);
+            V shift[4];
+            load_bias(p, block.group, bias, column, shift);
 #pragma unroll
-        for (int i = 0; i < Tile::kRows; i += 4)
+            for (int i = 0; i < Tile::kRows; i += 4)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
-                V quad[4];
+                for (int j = 0; j < 4; ++j) {
+                    // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
+                    V quad[4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    quad[e] =
-                        kChannelsLast ? sum[i + j][q + e] + shift[e] : sum[i + e][q + j] + shift[j];
-                if constexpr (kChannelsLast) {
-                    to.store_channels(p, quad, targets[Tile::row(i + j)], column);
-                } else if (column + j < p.columns) {
-                    const std::int64_t plane = (column + j) * p.result.step_channel();
-                    if (p.quads) {
-                        const std::int64_t target = targets[Tile::row(i)];
-                        if (target >= 0) to.store_quad(quad, target + plane);
-                    } else {
+                    for (int e = 0; e < 4; ++e)
+                        quad[e] = kChannelsLast ? sum[i + j][q + e] + shift[e]
+                                                : sum[i + e][q + j] + shift[j];
+                    if constexpr (kChannelsLast) {
+                        to.store_channels(p, quad, targets[Tile::row(i + j)], column);
+                    } else if (column + j < p.columns) {
+                        const std::int64_t plane = (column + j) * p.result.step_channel();
+                        if (p.quads) {
+                            const std::int64_t target = targets[Tile::row(i)];
+                            if (target >= 0) to.store_quad(quad, target + plane);
+                        } else {
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const std::int64_t target = targets[Tile::row(i + e)];
-                            if (target >= 0) to.store(quad[e], target + plane);
+                            for (int e = 0; e < 4; ++e) {
+                                const std::int64_t target = targets[Tile::row(i + e)];
+                                if (target >= 0) to.store(quad[e], target + plane);
+                            }
                         }
                     }
                 }
-            }
-    }
+        }
+    });
 }
 
 // How a product runs, as a type: which tile, layout of the source and vector of its channels.
@@ -131,19 +132,19 @@ void with_variant(const TapPlan& p, Dtype dtype, bool channels_last, bool vector
             body(TapVariant<T, BlockTile, false, 1>{});
         };
         if constexpr (sizeof(T) == 8)
-            with_tile(Tile<double, 64, 64>{});
+            with_tile(DoubleTile{});
         else if (narrow(p.columns, dtype))
-            with_tile(Tile<float, 256, 16>{});
+            with_tile(NarrowTile{});
         else
-            with_tile(Tile<float, 128, 64>{});
+            with_tile(PlainTile{});
     });
 }
 
 template <typename Variant, typename Tile, bool kTransposed, typename Source>
-void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
-                 Address result, const Exec& exec) {
+void launch_tile(TapPlan p, const Source& source, int splits, Address packed, Address bias,
+                 Address forward, Address result, const Exec& exec) {
     using T = typename Variant::T;
-    const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
+    const dim3 grid = tap_grid(p, Tile::kM, Tile::kN, splits);
     if (grid.x == 0) return;
     constexpr bool kChannelsLast = Variant::kChannelsLast;
     const std::int64_t neighbours =
@@ -152,28 +153,33 @@ void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, 
     p.quads = dense && neighbours % 4 == 0 && aligned(result);
     launch(tap_gemm_kernel<T, Tile, kTransposed, kChannelsLast, Variant::kVector, Source>, grid,
            dim3(kTileThreads), 0, exec, p, source, packed.as<const Sum<T>>(), bias.as<const T>(),
-           forward.as<const T>(), result.as<T>());
+           forward.as<const T>(), result.value);
 }
 
-// With the largest tile where that fills the GPU.
 template <typename Variant, bool kTransposed, typename Source>
-void launch_tap_gemm(const TapPlan& p, const Source& source, Address packed, Address bias,
-                     Address forward, Address result, const Exec& exec) {
-    using Square = Tile<float, 128, 128, 8>;
-    if constexpr (!kTransposed && std::is_same_v<typename Variant::T, float> &&
-                  Variant::kVector == 4 && Variant::Tile::kN == 64)
-        if (fills_gpu(p, Square::kM, Square::kN))
-            return launch_tile<Variant, Square, kTransposed>(p, source, packed, bias, forward,
-                                                             result, exec);
-    launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, packed, bias, forward,
-                                                              result, exec);
+void launch_tap_gemm(const TapPlan& plan, const Source& source, Address packed, Address partial,
+                     Address bias, Address forward, Address result, const Exec& exec) {
+    using T = typename Variant::T;
+    constexpr bool kSquare = !kTransposed && std::is_same_v<T, float> && Variant::kVector == 4;
+    const TapCut cut = tap_cut(plan, sizeof(T), kSquare, bool(partial), processors(exec));
+    with_splits<T, kTransposed>(
+        plan, cut.splits, partial, bias, forward, result, exec,
+        [&](const TapPlan& p, Address bias, Address forward, Address result) {
+            if constexpr (kSquare && Variant::Tile::kN == 64)
+                if (cut.columns == SquareTile::kN)
+                    return launch_tile<Variant, SquareTile, kTransposed>(
+                        p, source, cut.splits, packed, bias, forward, result, exec);
+            launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, cut.splits, packed,
+                                                                      bias, forward, result, exec);
+        });
 }
 
 // `gate` acts on the source of the transposed convolution, on the result of the other; `packed` are
-// the weights, by pack_weights in the same way.
+// the weights, by pack_weights in the same way; `partial` has room for the partial sums of splits,
+// or is null: then there are none.
 template <bool kTransposed>
 void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address source, Address packed,
-              Address bias, Address forward, Address result, const Exec& exec) {
+              Address partial, Address bias, Address forward, Address result, const Exec& exec) {
     const TapPlan p = tap_plan<kTransposed>(s, dtype, way, gate);
     const Address mask = mask_of(gate, forward);
     const auto tensor = [&](auto zero) {
@@ -190,16 +196,18 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
             if constexpr (!kTransposed)
                 if (p.run != 0)
                     return launch_tap_mma<Factors, false>(p, MergedSource<T>{source.as<const T>()},
-                                                          packed, bias, mask, result, exec);
+                                                          packed, partial, bias, mask, result,
+                                                          exec);
             const auto from = tensor(T{});
-            launch_tap_mma<Factors, kTransposed>(p, from, packed, bias, mask, result, exec);
+            launch_tap_mma<Factors, kTransposed>(p, from, packed, partial, bias, mask, result,
+                                                 exec);
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);
         const auto from = tensor(typename Variant::T{});
-        launch_tap_gemm<Variant, kTransposed>(p, from, packed, bias, mask, result, exec);
+        launch_tap_gemm<Variant, kTransposed>(p, from, packed, partial, bias, mask, result, exec);
     });
 }
 

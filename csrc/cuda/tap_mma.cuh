@@ -44,7 +44,8 @@
 #pragma once
 
 #include "mma_tile.cuh"
-#include "tap_block.cuh"
+#include "tap_choice.cuh"
+#include "tap_split.cuh"
 
 namespace zfcuda {
 
@@ -103,7 +104,9 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
 
     // Taps change once in many chunks: what depends on them alone is kept. For each of the thread's
     // rows of the source: where it reads, and whether that is inside.
-    TapWalk at(piece, pieces, width);
+    const ChunkRange range =
+        chunk_range((rows.count * columns.count * pieces + kPieces - 1) / kPieces);
+    TapWalk at(range.first * kPieces + piece, pieces, width);
     std::int64_t from[kLeft];
     unsigned inside = 0;
     const T* weights = nullptr;
@@ -175,7 +178,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& sour
                 cp_async<16>(stage + right_slot + j * kStep, weights + j * kStep * kElements,
                              bytes);
     };
-    const int chunks = (rows.count * columns.count * pieces + kPieces - 1) / kPieces;
+    const int chunks = range.count;
     const std::int64_t weight_step = std::int64_t(p.padded_columns) * kElements * kPieces;
     const auto bring = [&](int chunk, int buffer) {
         if (chunk < chunks) {
@@ -224,7 +227,7 @@ template <typename Factors, typename Tile, bool kTransposed, typename Source>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     tap_mma_kernel(TapPlan p, Source source, const typename Factors::T* packed,
                    const typename Factors::T* bias, const typename Factors::T* forward,
-                   typename Factors::T* result) {
+                   void* result) {
     using T = typename Factors::T;
     constexpr int kM = Tile::kM, kN = Tile::kN;
     ZF_DYNAMIC_SHARED(Piece, stages);
@@ -240,21 +243,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     for (int row = threadIdx.x; row < kM; row += Tile::kThreads)
         targets[row] = block.target(p, row);
     __syncthreads();
-    const TapResult<T, kTransposed> to = {result, forward, p.rectify};
+    with_result<kTransposed>(p, forward, result, [&](const auto& to) {
 #pragma unroll
-    for (int j = 0; j < Tile::kQuads; ++j) {
-        const int column = block.first_column + Tile::column(j);
-        Sum<T> shift[4];
-        load_bias(p, block.group, bias, column, shift);
+        for (int j = 0; j < Tile::kQuads; ++j) {
+            const int column = block.first_column + Tile::column(j);
+            Sum<T> shift[4];
+            load_bias(p, block.group, bias, column, shift);
 #pragma unroll
-        for (int i = 0; i < Tile::kRows; ++i) {
-            Sum<T> quad[4];
-            Tile::quad(sum, i, j, quad);
+            for (int i = 0; i < Tile::kRows; ++i) {
+                Sum<T> quad[4];
+                Tile::quad(sum, i, j, quad);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) quad[e] += shift[e];
-            to.store_channels(p, quad, targets[Tile::row(i)], column);
+                for (int e = 0; e < 4; ++e) quad[e] += shift[e];
+                to.store_channels(p, quad, targets[Tile::row(i)], column);
+            }
         }
-    }
+    });
 }
 
 // body(Factors{}) for a way on the tensor cores.
@@ -265,33 +269,38 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
     dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
-// body(Tile{}) for the tile of a product: of merged rows one that fits; else the largest where it
-// fills the GPU, but not with split factors, whose registers would spill.
+// body(Tile{}) for the tile that was chosen.
 template <typename Factors, bool kMerged, typename Body>
-void with_mma_tile(const TapPlan& p, Body&& body) {
+void with_mma_tile(const TapCut& cut, Body&& body) {
     if constexpr (kMerged) {
-        if (p.padded_columns % 96 == 0) return body(MergedMmaTile{});
+        if (cut.columns == MergedMmaTile::kN) return body(MergedMmaTile{});
     } else {
-        if (p.padded_columns == 16) return body(NarrowMmaTile{});
+        if (cut.columns == NarrowMmaTile::kN) return body(NarrowMmaTile{});
         if constexpr (!std::is_same_v<Factors, Tf32x3>)
-            if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
+            if (cut.columns == WideMmaTile::kN) return body(WideMmaTile{});
     }
     body(MediumMmaTile{});
 }
 
 template <typename Factors, bool kTransposed, typename Source>
-void launch_tap_mma(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
-                    Address result, const Exec& exec) {
+void launch_tap_mma(const TapPlan& plan, const Source& source, Address packed, Address partial,
+                    Address bias, Address forward, Address result, const Exec& exec) {
     using T = typename Factors::T;
-    p.quads = p.columns % 4 == 0 && aligned(result);
     constexpr bool kMerged = std::is_same_v<Source, MergedSource<T>>;
-    with_mma_tile<Factors, kMerged>(p, [&](auto tile) {
+    const TapCut cut = tap_cut(plan, sizeof(T), false, bool(partial), processors(exec));
+    with_mma_tile<Factors, kMerged>(cut, [&](auto tile) {
         using Tile = decltype(tile);
-        const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
-        if (grid.x == 0) return;
-        launch(tap_mma_kernel<Factors, Tile, kTransposed, Source>, grid, dim3(Tile::kThreads),
-               Tile::kSharedBytes, exec, p, source, packed.as<const T>(), bias.as<const T>(),
-               forward.as<const T>(), result.as<T>());
+        with_splits<T, kTransposed>(plan, cut.splits, partial, bias, forward, result, exec,
+                                    [&](TapPlan p, Address bias, Address forward, Address result) {
+                                        const dim3 grid =
+                                            tap_grid(p, Tile::kM, Tile::kN, cut.splits);
+                                        if (grid.x == 0) return;
+                                        p.quads = p.columns % 4 == 0 && aligned(result);
+                                        launch(tap_mma_kernel<Factors, Tile, kTransposed, Source>,
+                                               grid, dim3(Tile::kThreads), Tile::kSharedBytes, exec,
+                                               p, source, packed.as<const T>(), bias.as<const T>(),
+                                               forward.as<const T>(), result.value);
+                                    });
     });
 }
 

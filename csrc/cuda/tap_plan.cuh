@@ -60,6 +60,7 @@ struct TapPlan {
     int padded_columns;
     int run, pixel;  // elements of a kernel row and of a pixel of the source, if rows_merge
     int row_tiles, column_tiles;
+    std::int64_t split_size;  // results, where k is in splits (tap_split.cuh); else 0
     Way way;
     bool rectify;  // the source of the transposed convolution, the result of the other
     bool quads;    // four results that are neighbours in memory are stored at once
