@@ -10,15 +10,16 @@
 //            +-----+         +---------+ of the product
 //
 // The product is that of tap_gemm.cuh or, on the tensor cores, of tap_mma.cuh, with the pixels of
-// the box as its rows, so that the sums are those of conv2d_relu.cu (but where it splits
-// k, tap_split.cuh); then the maps go to shared memory where the operands lay (by FMA as many
+// the box as its rows, so that the sums are those of conv2d_relu.cu where that does not split them
+// (tap_split.cuh); then the maps go to shared memory where the operands lay (by FMA as many
 // channels at a time as fit where the left one did), and each thread looks through windows of them.
 // Boxes overlap by what windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11
 // pixels, of which they own 10 x 10: 1.21 times the work of the convolution alone, for maps that
-// are never in memory. The tile is the one with the fewest blocks. A window that is larger than kM
-// pixels fits no block: then the maps of one image at a time go through the workspace, behind that
-// of the convolution. Least bytes: image + weights + output + one byte a switch. Measured: not yet,
-// for want of a GPU; `make bench` on one fills this line.
+// are never in memory.
+// The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
+// then the maps of one image at a time go through the workspace, behind what its convolution needs.
+// Least bytes: image + weights + output + one byte a switch.
+// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
 #include "pool_block.cuh"
@@ -141,7 +142,8 @@ int box_pixels(const ConvShape& s, Dtype dtype) {
     return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
 }
 
-// For windows that fit no block: the maps of one image at a time, behind the packed weights.
+// For windows that fit no block: the maps of one image at a time, behind the convolution's
+// workspace.
 void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
               Address output, Address switches, Address workspace, const Exec& exec) {
     const std::int64_t images = s.batch, bytes = element_bytes(dtype);

@@ -136,17 +136,28 @@ struct TapResult {
     T* values;
     const T* forward;
     bool rectified;
+    Sum<T>* sums = nullptr;  // of halves: where these go instead, as they are
 
     __device__ T finish(Sum<T> value, std::int64_t offset) const {
         if (!kTransposed && forward != nullptr && Sum<T>(forward[offset]) <= Sum<T>(0)) value = 0;
         return static_cast<T>(!kTransposed && rectified ? rectify(value) : value);
     }
     __device__ void store(Sum<T> value, std::int64_t offset) const {
+        if constexpr (sizeof(T) < sizeof(Sum<T>))
+            if (sums != nullptr) {
+                sums[offset] = value;
+                return;
+            }
         values[offset] = finish(value, offset);
     }
     // Four that are neighbours in memory, aligned.
     __device__ void store_quad(const Sum<T> (&quad)[4], std::int64_t offset) const {
         constexpr int kPack = Pack<T>::size < 4 ? Pack<T>::size : 4;
+        if constexpr (sizeof(T) < sizeof(Sum<T>))
+            if (sums != nullptr) {
+                store_vector(sums + offset, Vector<Sum<T>, 4>{quad[0], quad[1], quad[2], quad[3]});
+                return;
+            }
 #pragma unroll
         for (int e = 0; e < 4; e += kPack) {
             Vector<T, kPack> pack;

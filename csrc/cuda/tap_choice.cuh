@@ -35,6 +35,8 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
 
+#include <algorithm>
+
 #include "mma_tile.cuh"
 #include "tap_block.cuh"
 #include "tile.cuh"
@@ -55,7 +57,7 @@ using PlainTile = Tile<float, 128, 64>;
 using NarrowTile = Tile<float, 256, 16>;
 using DoubleTile = Tile<double, 64, 64>;
 
-//                                                              resident  work  latency
+//                                                  (resident, work, latency)
 constexpr TileCost kSquareTile = tile_cost<SquareTile>(1, 2600, 2600);
 constexpr TileCost kPlainTile = tile_cost<PlainTile>(2, 1700, 2100);
 constexpr TileCost kNarrowTile = tile_cost<NarrowTile>(2, 1500, 1900);
@@ -65,7 +67,7 @@ constexpr TileCost kMediumMmaTile = tile_cost<MediumMmaTile>(2, 400, 500);
 constexpr TileCost kMergedMmaTile = tile_cost<MergedMmaTile>(2, 500, 600);
 constexpr TileCost kNarrowMmaTile = tile_cost<NarrowMmaTile>(2, 250, 350);
 
-constexpr int kTripled = 2;  // tf32x3: times the cycles of the same tile
+constexpr int kTf32x3 = 2;   // times the cycles of the same tile in tf32
 constexpr int kPass = 5000;  // cycles of a second kernel: its launch, its first and last blocks
 constexpr int kBytes = 16;   // of partial sums, a cycle and multiprocessor
 constexpr int kMostSplits = 32;
@@ -77,26 +79,24 @@ struct TapCut {
 };
 
 // The best cut with tiles of this size; `bytes` are those of an element of k, `sum` of a sum.
-inline TapCut tap_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool may_split,
-                      int processors) {
-    const std::int64_t tiles = tap_grid(p, tile.rows, tile.columns).x;
+inline TapCut tile_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool may_split,
+                       int processors) {
     const auto up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+    const std::int64_t tiles = tap_grid(p, tile.rows, tile.columns).x;
     const std::int64_t taps = up(p.y.kernel, p.y.tap_step) * up(p.x.kernel, p.x.tap_step);
     const std::int64_t chunks = up(taps * p.channels * bytes, 64);
-    const std::int64_t partial = p.batch * p.result.step_image() * sum;
-    const auto cycles = [&](std::int64_t splits) {
+    const std::int64_t partial = p.batch * p.result.step_image() * sum * 2 / (kBytes * processors);
+    const int factor = p.way == Way::tf32x3 ? kTf32x3 : 1;
+    const auto cycles = [&](int splits) {
         const std::int64_t n = up(tiles * splits, processors);
-        const std::int64_t alone = up(n, tile.resident) * tile.latency;
-        const std::int64_t chunk = n * tile.work > alone ? n * tile.work : alone;
-        const std::int64_t loop =
-            up(chunks, splits) * chunk * (p.way == Way::tf32x3 ? kTripled : 1);
-        return splits == 1 ? loop : loop + kPass + splits * partial * 2 / (kBytes * processors);
+        const std::int64_t chunk = std::max(n * tile.work, up(n, tile.resident) * tile.latency);
+        const std::int64_t loop = up(chunks, splits) * chunk * factor;
+        return splits == 1 ? loop : loop + kPass + splits * partial;
     };
-    const std::int64_t whole = cycles(1);
+    const std::int64_t whole = cycles(1), wave = std::int64_t(tile.resident) * processors;
     TapCut best = {tile.columns, 1, whole};
     if (!may_split || whole < 2 * kPass) return best;
-    for (int splits = 2; splits <= kMostSplits && tiles * splits <= tile.resident * processors;
-         ++splits) {
+    for (int splits = 2; splits <= kMostSplits && tiles * splits <= wave; ++splits) {
         const std::int64_t time = cycles(splits);
         if (time < best.cycles && 2 * time <= whole) best = {tile.columns, splits, time};
     }
@@ -109,7 +109,7 @@ inline TapCut tap_cut(const TapPlan& p, int bytes, bool square, bool may_split, 
     const bool fma = p.way == Way::fma;
     const auto with = [&](const TileCost& tile) {
         const int sum = bytes < 4 ? 4 : bytes;
-        return tap_cut(p, tile, fma ? sum : bytes, sum, may_split, processors);
+        return tile_cut(p, tile, fma ? sum : bytes, sum, may_split, processors);
     };
     const auto cheaper = [&](const TileCost& large, const TileCost& small) {
         const TapCut one = with(large), other = with(small);
@@ -137,12 +137,12 @@ Address partial_sums(const ConvShape& s, Dtype dtype, Address workspace) {
 // Bytes of a workspace for both, whichever way the product will run: the addresses decide that.
 template <bool kTransposed>
 std::int64_t tap_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
-    std::int64_t splits = 0;
+    std::int64_t splits = 0;  // of which partial sums are kept
     const auto cut = [&](Way way, bool square) {
         const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
         const TapCut cut =
             tap_cut(p, static_cast<int>(element_bytes(dtype)), square, true, processors(exec));
-        if (cut.splits > 1 && cut.splits > splits) splits = cut.splits;
+        if (cut.splits > 1) splits = std::max<std::int64_t>(splits, cut.splits);
     };
     cut(Way::fma, false);
     if (!kTransposed && dtype == Dtype::float32) cut(Way::fma, true);

@@ -29,6 +29,8 @@
 //   256 x 16     4 x 4      8                   groups with few result channels
 //   64 x 64      4 x 4      4                   float64
 //
+// Which of two tiles, and into how many splits k goes where there are few of them: tap_choice.cuh.
+//
 // Static: at most 128 registers a thread in float32, so that two blocks live on an SM, and at most
 // 40 KiB of shared memory; 128 x 128 takes 168 registers and the SM for itself. Of 128 x 128 a
 // chunk issues about 1170 instructions, 1024 of them FFMA (88 %); entering another tap, once in
@@ -74,40 +76,39 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kResident)
         p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
     // Bias and gate; then quads of neighbours: pixels in NCHW, channels in NHWC.
-    with_result<kTransposed>(p, forward, result, [&](const auto& to) {
+    const auto to = tap_result<kTransposed>(p, forward, result);
 #pragma unroll
-        for (int q = 0; q < Tile::kColumns; q += 4) {
-            const int column = block.first_column + Tile::column(q);
-            V shift[4];
-            load_bias(p, block.group, bias, column, shift);
+    for (int q = 0; q < Tile::kColumns; q += 4) {
+        const int column = block.first_column + Tile::column(q);
+        V shift[4];
+        load_bias(p, block.group, bias, column, shift);
 #pragma unroll
-            for (int i = 0; i < Tile::kRows; i += 4)
+        for (int i = 0; i < Tile::kRows; i += 4)
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
-                    V quad[4];
+            for (int j = 0; j < 4; ++j) {
+                // Quad j: of pixels i…i+3 in channel j, or of all four channels in pixel i+j.
+                V quad[4];
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        quad[e] = kChannelsLast ? sum[i + j][q + e] + shift[e]
-                                                : sum[i + e][q + j] + shift[j];
-                    if constexpr (kChannelsLast) {
-                        to.store_channels(p, quad, targets[Tile::row(i + j)], column);
-                    } else if (column + j < p.columns) {
-                        const std::int64_t plane = (column + j) * p.result.step_channel();
-                        if (p.quads) {
-                            const std::int64_t target = targets[Tile::row(i)];
-                            if (target >= 0) to.store_quad(quad, target + plane);
-                        } else {
+                for (int e = 0; e < 4; ++e)
+                    quad[e] =
+                        kChannelsLast ? sum[i + j][q + e] + shift[e] : sum[i + e][q + j] + shift[j];
+                if constexpr (kChannelsLast) {
+                    to.store_channels(p, quad, targets[Tile::row(i + j)], column);
+                } else if (column + j < p.columns) {
+                    const std::int64_t plane = (column + j) * p.result.step_channel();
+                    if (p.quads) {
+                        const std::int64_t target = targets[Tile::row(i)];
+                        if (target >= 0) to.store_quad(quad, target + plane);
+                    } else {
 #pragma unroll
-                            for (int e = 0; e < 4; ++e) {
-                                const std::int64_t target = targets[Tile::row(i + e)];
-                                if (target >= 0) to.store(quad[e], target + plane);
-                            }
+                        for (int e = 0; e < 4; ++e) {
+                            const std::int64_t target = targets[Tile::row(i + e)];
+                            if (target >= 0) to.store(quad[e], target + plane);
                         }
                     }
                 }
-        }
-    });
+            }
+    }
 }
 
 // How a product runs, as a type: which tile, layout of the source and vector of its channels.
@@ -162,16 +163,15 @@ void launch_tap_gemm(const TapPlan& plan, const Source& source, Address packed, 
     using T = typename Variant::T;
     constexpr bool kSquare = !kTransposed && std::is_same_v<T, float> && Variant::kVector == 4;
     const TapCut cut = tap_cut(plan, sizeof(T), kSquare, bool(partial), processors(exec));
-    with_splits<T, kTransposed>(
-        plan, cut.splits, partial, bias, forward, result, exec,
-        [&](const TapPlan& p, Address bias, Address forward, Address result) {
-            if constexpr (kSquare && Variant::Tile::kN == 64)
-                if (cut.columns == SquareTile::kN)
-                    return launch_tile<Variant, SquareTile, kTransposed>(
-                        p, source, cut.splits, packed, bias, forward, result, exec);
-            launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, cut.splits, packed,
-                                                                      bias, forward, result, exec);
-        });
+    const auto product = [&](const TapPlan& p, Address bias, Address forward, Address result) {
+        if constexpr (kSquare && Variant::Tile::kN == PlainTile::kN)
+            if (cut.columns == SquareTile::kN)
+                return launch_tile<Variant, SquareTile, kTransposed>(p, source, cut.splits, packed,
+                                                                     bias, forward, result, exec);
+        launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, cut.splits, packed,
+                                                                  bias, forward, result, exec);
+    };
+    with_splits<T, kTransposed>(plan, cut.splits, partial, bias, forward, result, exec, product);
 }
 
 // `gate` acts on the source of the transposed convolution, on the result of the other; `packed` are

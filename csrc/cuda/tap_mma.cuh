@@ -25,6 +25,8 @@
 // fill a tile of 128 x 96, four warps of 64 x 48: 48 products of a warp for 16 copies of
 // four bytes and three of 16.
 //
+// Which tile, and whether a block multiplies all of k or one split of it, says tap_choice.cuh.
+//
 // Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
 // a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.
 // Three stages of 16 KiB leave room for two blocks on an SM of any architecture from sm_80 on (100
@@ -56,8 +58,8 @@ struct MergedSource {
     const T* values;
 };
 
-// The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
-// Tile::kSharedBytes, which every thread may use again afterwards.
+// The main loop, over all chunks or those of the block's split. `pixel_of(row)` says what a row of
+// the tile reads; `stages` are Tile::kSharedBytes, which every thread may use again afterwards.
 template <typename Factors, typename Tile, bool kTransposed, typename Source, typename PixelOf>
 __device__ __forceinline__ void mma_product(const TapPlan& p, const Source& source,
                                             const PhaseTaps& rows, const PhaseTaps& columns,
@@ -243,22 +245,21 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     for (int row = threadIdx.x; row < kM; row += Tile::kThreads)
         targets[row] = block.target(p, row);
     __syncthreads();
-    with_result<kTransposed>(p, forward, result, [&](const auto& to) {
+    const auto to = tap_result<kTransposed>(p, forward, result);
 #pragma unroll
-        for (int j = 0; j < Tile::kQuads; ++j) {
-            const int column = block.first_column + Tile::column(j);
-            Sum<T> shift[4];
-            load_bias(p, block.group, bias, column, shift);
+    for (int j = 0; j < Tile::kQuads; ++j) {
+        const int column = block.first_column + Tile::column(j);
+        Sum<T> shift[4];
+        load_bias(p, block.group, bias, column, shift);
 #pragma unroll
-            for (int i = 0; i < Tile::kRows; ++i) {
-                Sum<T> quad[4];
-                Tile::quad(sum, i, j, quad);
+        for (int i = 0; i < Tile::kRows; ++i) {
+            Sum<T> quad[4];
+            Tile::quad(sum, i, j, quad);
 #pragma unroll
-                for (int e = 0; e < 4; ++e) quad[e] += shift[e];
-                to.store_channels(p, quad, targets[Tile::row(i)], column);
-            }
+            for (int e = 0; e < 4; ++e) quad[e] += shift[e];
+            to.store_channels(p, quad, targets[Tile::row(i)], column);
         }
-    });
+    }
 }
 
 // body(Factors{}) for a way on the tensor cores.
@@ -290,17 +291,16 @@ void launch_tap_mma(const TapPlan& plan, const Source& source, Address packed, A
     const TapCut cut = tap_cut(plan, sizeof(T), false, bool(partial), processors(exec));
     with_mma_tile<Factors, kMerged>(cut, [&](auto tile) {
         using Tile = decltype(tile);
+        const auto product = [&](TapPlan p, Address bias, Address forward, Address result) {
+            const dim3 grid = tap_grid(p, Tile::kM, Tile::kN, cut.splits);
+            if (grid.x == 0) return;
+            p.quads = p.columns % 4 == 0 && aligned(result);
+            launch(tap_mma_kernel<Factors, Tile, kTransposed, Source>, grid, dim3(Tile::kThreads),
+                   Tile::kSharedBytes, exec, p, source, packed.as<const T>(), bias.as<const T>(),
+                   forward.as<const T>(), result.value);
+        };
         with_splits<T, kTransposed>(plan, cut.splits, partial, bias, forward, result, exec,
-                                    [&](TapPlan p, Address bias, Address forward, Address result) {
-                                        const dim3 grid =
-                                            tap_grid(p, Tile::kM, Tile::kN, cut.splits);
-                                        if (grid.x == 0) return;
-                                        p.quads = p.columns % 4 == 0 && aligned(result);
-                                        launch(tap_mma_kernel<Factors, Tile, kTransposed, Source>,
-                                               grid, dim3(Tile::kThreads), Tile::kSharedBytes, exec,
-                                               p, source, packed.as<const T>(), bias.as<const T>(),
-                                               forward.as<const T>(), result.value);
-                                    });
+                                    product);
     });
 }
 

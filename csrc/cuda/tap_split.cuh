@@ -39,19 +39,16 @@ __device__ __forceinline__ ChunkRange chunk_range(int chunks) {
     return {split * each, rest < each ? (rest > 0 ? rest : 0) : each};
 }
 
-// body(to) with where this block's sums go: into the result, or (p.split_size, `result` then being
-// the partial sums) as they are behind the other splits'; the launcher has left out the bias and
-// the gate.
-template <bool kTransposed, typename T, typename Body>
-__device__ __forceinline__ void with_result(const TapPlan& p, const T* forward, void* result,
-                                            Body&& body) {
+// Where this block's sums go: into the result, or (p.split_size, `result` then being the partial
+// sums) as they are, behind those of the splits before; the launcher has left out bias and gate.
+template <bool kTransposed, typename T>
+__device__ __forceinline__ TapResult<T, kTransposed> tap_result(const TapPlan& p, const T* forward,
+                                                                void* result) {
     auto* const sums = static_cast<Sum<T>*>(result) + blockIdx.y * p.split_size;
-    if constexpr (std::is_same_v<T, Sum<T>>) {
-        body(TapResult<T, kTransposed>{sums, forward, p.rectify});
-    } else {
-        if (p.split_size != 0) return body(TapResult<Sum<T>, true>{sums, nullptr, false});
-        body(TapResult<T, kTransposed>{static_cast<T*>(result), forward, p.rectify});
-    }
+    if constexpr (std::is_same_v<T, Sum<T>>)
+        return {sums, forward, p.rectify};
+    else
+        return {static_cast<T*>(result), forward, p.rectify, p.split_size != 0 ? sums : nullptr};
 }
 
 constexpr int kAddThreads = 256;
