@@ -13,9 +13,10 @@ from oracles import HALVES, Sample, check_values, normal
 from zfcuda import ops, reference
 
 #: image channels, maps, size: groups of at most 16 result channels have a narrow tile, and four channels at a time,
-#: or four results, want multiples of four.
+#: or four results, want multiples of four. Sums of 20 channels and more are split by FMA (test_splits.py).
 NARROW = [(3, 5, (5, 5)), (4, 8, (6, 6)), (4, 5, (6, 6))]
 WIDE = [(20, 24, (6, 6)), (19, 21, (5, 5)), (3, 20, (5, 5)), (4, 21, (5, 5)), (20, 4, (6, 6)), (17, 4, (5, 5))]
+WIDE += [(20, 20, (5, 5)), (19, 5, (5, 5))]
 
 #: Filters whose columns stand apart: the tensor cores, which take halves, do not merge their rows.
 APART = {"padding": 1, "dilation": (1, 2)}

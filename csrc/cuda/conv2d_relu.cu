@@ -9,15 +9,16 @@
 
 namespace zfcuda {
 
-std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return packed_weights<false>(s, dtype);
+std::int64_t conv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    return tap_workspace<false>(s, dtype, exec);
 }
 
 void conv2d(const ConvShape& s, Dtype dtype, Gate gate, Address image, Address weight, Address bias,
             Address forward, Address maps, Address workspace, const Exec& exec) {
     const Way way = tap_way<false>(s, dtype, exec, image);
     pack_weights<false>(s, dtype, way, weight, workspace, exec);
-    tap_gemm<false>(s, dtype, way, gate, image, workspace, bias, forward, maps, exec);
+    tap_gemm<false>(s, dtype, way, gate, image, workspace, partial_sums<false>(s, dtype, workspace),
+                    bias, forward, maps, exec);
 }
 
 }  // namespace zfcuda

@@ -10,13 +10,14 @@
 //            +-----+         +---------+ of the product
 //
 // The product is that of tap_gemm.cuh or, on the tensor cores, of tap_mma.cuh, with the pixels of
-// the box as its rows, so that the sums are those of conv2d_relu.cu; then the maps go to shared
-// memory where the operands lay (by FMA as many channels at a time as fit where the left one did),
-// and each thread looks through windows of them. Boxes overlap by what
-// windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11 pixels, of which they
-// own 10 x 10: 1.21 times the work of the convolution alone, for maps that are never in memory.
+// the box as its rows, so that the sums are those of conv2d_relu.cu where that does not split them
+// (tap_split.cuh); then the maps go to shared memory where the operands lay (by FMA as many
+// channels at a time as fit where the left one did), and each thread looks through windows of them.
+// Boxes overlap by what windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11
+// pixels, of which they own 10 x 10: 1.21 times the work of the convolution alone, for maps that
+// are never in memory.
 // The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
-// then the maps of one image at a time go through the workspace.
+// then the maps of one image at a time go through the workspace, behind what its convolution needs.
 // Least bytes: image + weights + output + one byte a switch.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
@@ -184,12 +185,13 @@ int box_pixels(const ConvShape& s, Dtype dtype) {
     return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
 }
 
-// For windows that fit no block: the maps of one image at a time, behind the packed weights.
+// For windows that fit no block: the maps of one image at a time, behind the convolution's
+// workspace.
 void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
               Address output, Address switches, Address workspace, const Exec& exec) {
     const std::int64_t images = s.batch, bytes = element_bytes(dtype);
-    const Address maps{workspace.as<char>() + packed_weights<false>(s, dtype)};
     s.batch = pool.batch = 1;
+    const Address maps{workspace.as<char>() + conv2d_workspace(s, dtype, exec)};
     for (std::int64_t n = 0; n < images; ++n) {
         const std::int64_t to = n * pool.output().step_image();
         const Address from{image.as<char>() + n * s.image().step_image() * bytes};
@@ -202,10 +204,11 @@ void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address w
 }  // namespace
 
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
-                                              Dtype dtype, const Exec&) {
-    const std::int64_t packed = packed_weights<false>(s, dtype);
-    if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed;
-    return packed + s.maps().step_image() * element_bytes(dtype);
+                                              Dtype dtype, const Exec& exec) {
+    if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed_weights<false>(s, dtype);
+    ConvShape one = s;
+    one.batch = 1;
+    return conv2d_workspace(one, dtype, exec) + s.maps().step_image() * element_bytes(dtype);
 }
 
 void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
@@ -219,7 +222,8 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
     // The loop that the convolution by itself would have, so that the sums are the same.
     const int bytes = static_cast<int>(element_bytes(dtype)), pieces = p.channels * bytes / 16;
     const bool by_patch = p.run != 0, by_halo = !by_patch && halo_pays(p, pieces);
-    HaloPlan halo = {halo_axis<false>(p.y), halo_axis<false>(p.x)};
+    HaloPlan halo = {};
+    halo.y = halo_axis<false>(p.y), halo.x = halo_axis<false>(p.x);
     const auto patch = [&](std::int64_t height, std::int64_t width) {
         return patch_plan(p, bytes, height, width, 0);
     };
@@ -252,11 +256,14 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                        workspace.as<const T>(), bias.as<const T>(), output.as<T>(),
                        switches.as<std::uint8_t>());
             };
-            if (by_patch)
-                return with_patch_tile(p, [&](auto tile) {
+            if (by_patch) {
+                const auto with_patch = [&](auto tile) {
                     run(tile,
                         ByPatch<Factors, decltype(tile)>{source, patch(plan.y.box, plan.x.box)});
-                });
+                };
+                return p.padded_columns % 96 == 0 ? with_patch(MergedMmaTile{})
+                                                  : with_patch(MediumMmaTile{});
+            }
             const auto with_tile = [&](auto tile) {
                 using Tile = decltype(tile);
                 if (!by_halo) return run(tile, ByTaps<Factors, Tile>{source});

@@ -12,15 +12,16 @@
 
 namespace zfcuda {
 
-std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return packed_weights<true>(s, dtype);
+std::int64_t deconv2d_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    return tap_workspace<true>(s, dtype, exec);
 }
 
 void deconv2d(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address forward,
               Address weight, Address bias, Address image, Address workspace, const Exec& exec) {
     const Way way = tap_way<true>(s, dtype, exec, signal, forward);
     pack_weights<true>(s, dtype, way, weight, workspace, exec);
-    tap_gemm<true>(s, dtype, way, gate, signal, workspace, bias, forward, image, exec);
+    tap_gemm<true>(s, dtype, way, gate, signal, workspace, partial_sums<true>(s, dtype, workspace),
+                   bias, forward, image, exec);
 }
 
 std::int64_t deconv2d_packed_bytes(const ConvShape& s, Dtype dtype, const Exec& exec) {
@@ -35,7 +36,7 @@ void deconv2d_pack(const ConvShape& s, Dtype dtype, Address weight, Address pack
 void deconv2d_packed(const ConvShape& s, Dtype dtype, Gate gate, Address signal, Address packed,
                      Address image, const Exec& exec) {
     tap_gemm<true>(s, dtype, tap_way<true>(s, dtype, exec), gate, signal, packed, Address{},
-                   Address{}, image, exec);
+                   Address{}, Address{}, image, exec);
 }
 
 }  // namespace zfcuda

@@ -143,7 +143,8 @@ void choose_strips(TapPlan& p, std::int64_t most, SizeOf&& size_of) {
 // The halo of blocks of strips, for a filter whose halos fit (tap_plan.cuh).
 template <bool kTransposed>
 HaloPlan halo_plan(TapPlan& p, int pieces) {
-    HaloPlan h = {halo_axis<kTransposed>(p.y), halo_axis<kTransposed>(p.x)};
+    HaloPlan h = {};
+    h.y = halo_axis<kTransposed>(p.y), h.x = halo_axis<kTransposed>(p.x);
     const auto rows = [&](int strip, int pixels) {
         std::int64_t most = 0;
         for (const int height : {p.y.size / p.y.phases, (p.y.size + p.y.phases - 1) / p.y.phases}) {

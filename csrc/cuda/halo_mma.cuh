@@ -25,7 +25,6 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
 
-#include "halo.cuh"
 #include "tap_mma.cuh"
 
 namespace zfcuda {
@@ -48,13 +47,13 @@ struct HaloShared {
 // A chunk of channels of a plane, and the taps that meet it.
 template <bool kTransposed>
 struct HaloChunk {
-    int plane_y = 0, plane_x = 0, chunk = 0;
+    int plane_y = 0, plane_x = 0, chunk;
     HaloTaps rows, columns;
 
     // The transposed convolution has one plane, with the taps of the block's phase.
-    __device__ HaloChunk(const HaloPlan& h, const PhaseTaps& phase_rows,
+    __device__ HaloChunk(const HaloPlan& h, const ChunkRange& range, const PhaseTaps& phase_rows,
                          const PhaseTaps& phase_columns)
-        : rows(phase_rows, h.y.step), columns(phase_columns, h.x.step) {
+        : chunk(range.first), rows(phase_rows, h.y.step), columns(phase_columns, h.x.step) {
         if constexpr (!kTransposed) {
             enter(h);
             if (taps() == 0) next_plane(h);
@@ -63,9 +62,9 @@ struct HaloChunk {
     __device__ int taps() const { return rows.count * columns.count; }
 
     // Past the last chunk there is none: whoever counts the steps does not use it.
-    __device__ void advance(const HaloPlan& h) {
-        if (++chunk < h.chunks) return;
-        chunk = 0;
+    __device__ void advance(const HaloPlan& h, const ChunkRange& range) {
+        if (++chunk < range.first + range.count) return;
+        chunk = range.first;
         if constexpr (!kTransposed) next_plane(h);
     }
 
@@ -85,8 +84,9 @@ struct HaloChunk {
     }
 };
 
-// The main loop. `slot_of(row)` is the slot of a row of the tile, `pixel_of(slot)` what a slot
-// reads; every thread may use the shared memory again afterwards.
+// The main loop, over all chunks of channels or those of the block's split. `slot_of(row)` is the
+// slot of a row of the tile, `pixel_of(slot)` what a slot reads; every thread may use the shared
+// memory again afterwards.
 template <typename Factors, typename Tile, bool kTransposed, typename Source, typename SlotOf,
           typename PixelOf>
 __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h,
@@ -121,10 +121,11 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
         packed +
         (std::int64_t(group) * taps_of_group * pieces * p.padded_columns + first_column + first) *
             kElements;
-    HaloChunk<kTransposed> ahead(h, rows, columns);  // of the weights that come next
+    const ChunkRange range = chunk_range(h.chunks);
+    HaloChunk<kTransposed> ahead(h, range, rows, columns);  // of the weights that come next
     int ahead_row = 0, ahead_column = 0;
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));
-    const int steps = (kTransposed ? ahead.taps() : taps_of_group) * h.chunks;
+    const int steps = (kTransposed ? ahead.taps() : taps_of_group) * range.count;
 
     int free_stage = 0;
     const auto bring_weights = [&](int step) {
@@ -145,7 +146,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
                 ahead_column = 0;
                 if (++ahead_row == ahead.rows.count) {
                     ahead_row = 0;
-                    ahead.advance(h);
+                    ahead.advance(h, range);
                 }
             }
         }
@@ -215,7 +216,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
     int shift = own_rows.back * h.pitch + own_columns.back;
     int later = steps - own_rows.count * own_columns.count;  // steps after this chunk
     bool alone = false;  // this halo came with the only step of the chunk before
-    next.advance(h);
+    next.advance(h, range);
     enter_next();
     for (int step = 0; step < steps; ++step) {
         // The copies of this step have come, and nobody reads what the next ones replace.
@@ -264,7 +265,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
         later -= own_rows.count * own_columns.count;
         brought = 0;
         buffer = 1 - buffer;
-        next.advance(h);
+        next.advance(h, range);
         enter_next();
     }
     cp_async_wait<0>();
@@ -275,7 +276,7 @@ template <typename Factors, typename Tile, bool kTransposed, typename Source>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     halo_mma_kernel(TapPlan p, HaloPlan h, Source source, const typename Factors::T* packed,
                     const typename Factors::T* bias, const typename Factors::T* forward,
-                    typename Factors::T* result) {
+                    void* result) {
     ZF_DYNAMIC_SHARED(Piece, memory);
     const auto block = tap_block<kTransposed, Tile::kN>(p);
     if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
@@ -289,19 +290,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 }
 
 template <typename Factors, bool kTransposed, typename Source>
-void launch_halo_mma(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
-                     Address result, const Exec& exec) {
+void launch_halo_mma(const MmaPlan<kTransposed>& plan, const Source& source, Address packed,
+                     Address partial, Address bias, Address forward, Address result,
+                     const Exec& exec) {
     using T = typename Factors::T;
-    const HaloPlan h = halo_plan<kTransposed>(p, p.channels / Pack<T>::size);
-    p.quads = p.columns % 4 == 0 && aligned(result);
-    with_mma_tile<Factors>(p, [&](auto tile) {
+    const auto run = [&](auto tile, const TapPlan& p, dim3 grid, Address bias, Address forward,
+                         Address result) {
         using Tile = decltype(tile);
-        const dim3 grid = tap_grid(p, p.block_pixels, Tile::kN);
-        if (grid.x == 0) return;
         launch(halo_mma_kernel<Factors, Tile, kTransposed, Source>, grid, dim3(Tile::kThreads),
-               HaloShared<Tile>::kBytes, exec, p, h, source, packed.as<const T>(),
-               bias.as<const T>(), forward.as<const T>(), result.as<T>());
-    });
+               HaloShared<Tile>::kBytes, exec, p, plan.halo, source, packed.as<const T>(),
+               bias.as<const T>(), forward.as<const T>(), result.value);
+    };
+    with_mma_cut<Factors, kTransposed, false>(plan.tap, partial, bias, forward, result, exec, run);
 }
 
 }  // namespace zfcuda

@@ -33,90 +33,9 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
 
-#include "halo.cuh"
 #include "tap_mma.cuh"
 
 namespace zfcuda {
-
-struct PatchPlan {
-    int rows, pitch, length;  // pitch and length of a row in elements
-    int tall;                 // rows from a strip of an image to the next one
-    int second;               // words from a copy of the patch to the other, or 0
-    bool interleaved;         // the pixels of a matrix's rows, see patch_pixel
-    std::int64_t bytes;       // of both copies
-};
-
-// How often the banks must serve the words of a fragment whose rows are pixels `apart` elements
-// from each other.
-inline int patch_passes(std::int64_t apart, int bytes) {
-    std::int64_t words[32];
-    int most = 0, served[32] = {};
-    for (int lane = 0; lane < 32; ++lane) {
-        const std::int64_t element = lane / 4 * apart, odd = bytes == 2 ? element % 2 : 0;
-        words[lane] = (element + odd) * bytes / 4 + 16 * odd + lane % 4;
-        bool again = false;
-        for (int other = 0; other < lane; ++other) again |= words[other] == words[lane];
-        if (!again && ++served[words[lane] % 32] > most) most = served[words[lane] % 32];
-    }
-    return most;
-}
-
-// A patch for so many lines of pixels, `width` long, that end in so many strips before the last.
-inline PatchPlan patch_plan(const TapPlan& p, int bytes, std::int64_t lines, std::int64_t width,
-                            std::int64_t strips) {
-    PatchPlan h = {};
-    const std::int64_t step = std::int64_t(p.x.stride) * p.pixel;
-    const std::int64_t span = std::int64_t(p.y.kernel - 1) * p.y.dilation + 1;
-    const std::int64_t more = span > p.y.stride ? span - p.y.stride : 0;
-    const std::int64_t rows = (lines - 1) * p.y.stride + span + strips * more;
-    // The last run is read to the end of its last piece, which may be a half further on.
-    const std::int64_t last = (width - 1) * step, pitch = (last + p.channels + 1 + 3) / 4 * 4;
-    const std::int64_t words = rows * pitch * bytes / 4;
-    h.rows = static_cast<int>(rows), h.pitch = static_cast<int>(pitch);
-    h.length = static_cast<int>(last) + p.run;
-    h.tall = static_cast<int>((p.y.size - std::int64_t(1)) * p.y.stride + span);
-    const std::int64_t second = bytes == 2 && step % 2 != 0 ? (words + 15) / 32 * 32 + 16 : 0;
-    h.second = static_cast<int>(second);
-    h.bytes = 4 * (second + words);
-    h.interleaved = patch_passes(2 * step, bytes) < patch_passes(step, bytes);
-    return h;
-}
-
-// Chooses strips and the pixels of a block for an image whose patches fit (tap_plan.cuh).
-inline PatchPlan patch_plan(TapPlan& p, int bytes) {
-    const auto measured = [&](int strip, int pixels) {
-        const std::int64_t strips = line_ends(std::int64_t(strip) * p.y.size, pixels);
-        return patch_plan(p, bytes, 1 + line_ends(strip, pixels), strip, strips);
-    };
-    choose_strips(p, kPatchBytes,
-                  [&](int strip, int pixels) { return measured(strip, pixels).bytes; });
-    return measured(p.strip, p.block_pixels);
-}
-
-// The element of the patch where a pixel's runs begin.
-__device__ inline int patch_base(const TapBlock<false>& block, const TapPlan& p, const PatchPlan& h,
-                                 int pixel) {
-    if (pixel >= block.pixels) return 0;
-    const std::int64_t line = block.first_pixel / block.strip;
-    const int x = static_cast<int>(block.first_pixel - line * block.strip) + pixel;
-    const int lines = x / block.strip, tall = block.rows.pixels;
-    const int strips = (static_cast<int>(line % tall) + lines) / tall;
-    const int row = strips * h.tall + (lines - strips * tall) * p.y.stride;
-    return row * h.pitch + x % block.strip * p.x.stride * p.pixel;
-}
-
-// Where a row of the patch begins in the image, and at which row and column of it.
-__device__ inline TapPixel patch_row(const TapBlock<false>& block, const TapPlan& p,
-                                     const PatchPlan& h, int row) {
-    const std::int64_t line = block.first_pixel / block.strip;
-    const std::int64_t first = line / block.rows.pixels;
-    const int down = static_cast<int>(line - first * block.rows.pixels) * p.y.stride + row;
-    const std::int64_t strip = first + down / h.tall, n = strip / block.strips;
-    const int y = down % h.tall - p.y.padding;
-    const int x =
-        static_cast<int>(strip - n * block.strips) * block.strip * p.x.stride - p.x.padding;
-    return {p.steps.offset(n, 0, y, x), n < p.batch ? y : kOutside, x};
-}
 
 // Shared memory: the stages of the weights, and the patch.
 template <typename Tile>
@@ -130,11 +49,6 @@ struct PatchShared {
         : stages(shared), patch(reinterpret_cast<std::uint32_t*>(shared + kStages / 16)) {}
     static std::size_t bytes(const PatchPlan& h) { return kStages + h.bytes; }
 };
-
-// The pixel of a row of the tile: itself, or of each 16 the even ones first.
-__device__ __forceinline__ int patch_pixel(const PatchPlan& h, int row) {
-    return h.interleaved ? (row & ~15) | (row & 7) << 1 | (row >> 3 & 1) : row;
-}
 
 // Fills the patch: a warp a row, lanes along its elements.
 template <typename T, int kThreads, typename RowOf>
@@ -180,12 +94,14 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));
     const int run_pieces = p.channels / kElements, pieces = p.y.kernel * run_pieces;
-    const int chunks = (pieces + kPieces - 1) / kPieces;
+    const ChunkRange range = chunk_range((pieces + kPieces - 1) / kPieces);
+    const int chunks = range.count, begin = range.first * kPieces;  // the first piece
     const T* weights =
-        packed + (std::int64_t(piece) * p.padded_columns + first_column + first) * kElements;
+        packed +
+        (std::int64_t(begin + piece) * p.padded_columns + first_column + first) * kElements;
     const auto bring_weights = [&](int chunk, int stage) {
         if (chunk < chunks) {
-            const int bytes = chunk * kPieces + piece < pieces ? 16 : 0;
+            const int bytes = begin + chunk * kPieces + piece < pieces ? 16 : 0;
             Piece* const to = shared.stages + stage * Shared::kStage + stage_slot;
 #pragma unroll
             for (int j = 0; j < kRight; ++j)
@@ -221,7 +137,8 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
                                                                        : 0xffffu;
     // Where the next piece of k begins in each run.
     const int next_row = p.y.dilation * h.pitch * int(sizeof(T)) / 4 - 4 * run_pieces;
-    int at = 0, number = 0, row = 0;
+    int row = begin / run_pieces, number = begin - row * run_pieces;
+    int at = begin * 4 + row * next_row;
     struct PieceOf {
         int offset;
         std::uint32_t mask;
@@ -268,7 +185,7 @@ template <typename Factors, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     patch_mma_kernel(TapPlan p, PatchPlan h, const typename Factors::T* image,
                      const typename Factors::T* packed, const typename Factors::T* bias,
-                     const typename Factors::T* forward, typename Factors::T* result) {
+                     const typename Factors::T* forward, void* result) {
     ZF_DYNAMIC_SHARED(Piece, memory);
     const auto block = tap_block<false, Tile::kN>(p);
     typename Tile::Accumulator sum = {};
@@ -280,26 +197,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
                         result, [&](int row) { return patch_pixel(h, row); });
 }
 
-// body(Tile{}) for the tile that fits.
-template <typename Body>
-void with_patch_tile(const TapPlan& p, Body&& body) {
-    p.padded_columns % 96 == 0 ? body(MergedMmaTile{}) : body(MediumMmaTile{});
-}
-
 template <typename Factors>
-void launch_patch_mma(TapPlan p, Address image, Address packed, Address bias, Address forward,
-                      Address result, const Exec& exec) {
+void launch_patch_mma(const MmaPlan<false>& plan, Address image, Address packed, Address partial,
+                      Address bias, Address forward, Address result, const Exec& exec) {
     using T = typename Factors::T;
-    const PatchPlan h = patch_plan(p, sizeof(T));
-    p.quads = p.columns % 4 == 0 && aligned(result);
-    with_patch_tile(p, [&](auto tile) {
+    const auto run = [&](auto tile, const TapPlan& p, dim3 grid, Address bias, Address forward,
+                         Address result) {
         using Tile = decltype(tile);
-        const dim3 grid = tap_grid(p, p.block_pixels, Tile::kN);
-        if (grid.x == 0) return;
         launch(patch_mma_kernel<Factors, Tile>, grid, dim3(Tile::kThreads),
-               PatchShared<Tile>::bytes(h), exec, p, h, image.as<const T>(), packed.as<const T>(),
-               bias.as<const T>(), forward.as<const T>(), result.as<T>());
-    });
+               PatchShared<Tile>::bytes(plan.patch), exec, p, plan.patch, image.as<const T>(),
+               packed.as<const T>(), bias.as<const T>(), forward.as<const T>(), result.value);
+    };
+    with_mma_cut<Factors, false, true>(plan.tap, partial, bias, forward, result, exec, run);
 }
 
 }  // namespace zfcuda

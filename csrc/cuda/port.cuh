@@ -40,6 +40,7 @@ template <typename... Parameters>
 int architecture(void (*)(Parameters...), const Exec&) {
     return simt::architecture();
 }
+inline int processors(const Exec&) { return simt::processors(); }
 
 }  // namespace zfcuda
 
@@ -48,6 +49,11 @@ int architecture(void (*)(Parameters...), const Exec&) {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#if !defined(__CUDACC_RTC__)
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
 #define ZF_SITE
 
 #define ZF_SHARED(type, name, count) __shared__ __align__(16) type name[count]
@@ -66,6 +72,7 @@ template <typename... Parameters>
 int architecture(void (*)(Parameters...), const Exec&) {
     return 0;
 }
+inline int processors(const Exec&) { return 1; }
 
 #else
 
@@ -106,14 +113,39 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch");
 }
 
+// What ask() says of a kernel (or null: of the device itself) on a device. It never changes, and so
+// is asked once: convolutions are chosen by it in every call, captures of graphs included.
+template <typename Ask>
+int known(const void* kernel, const Exec& exec, Ask&& ask) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, std::int64_t>, int> answers;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const std::pair<const void*, std::int64_t> key = {kernel, exec.device};
+    const auto answer = answers.find(key);
+    return answer != answers.end() ? answer->second : (answers[key] = ask());
+}
+
 // The architecture that a kernel's code on this device was compiled for (75, 80, …): kArch of it,
 // which is less than the device's where newer ones run older code.
 template <typename... Parameters>
 int architecture(void (*kernel)(Parameters...), const Exec& exec) {
-    const DeviceGuard guard(static_cast<int>(exec.device));
-    cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
-    return attributes.ptxVersion;
+    return known(reinterpret_cast<const void*>(kernel), exec, [&] {
+        const DeviceGuard guard(static_cast<int>(exec.device));
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+        return attributes.ptxVersion;
+    });
+}
+
+// The device's multiprocessors.
+inline int processors(const Exec& exec) {
+    return known(nullptr, exec, [&] {
+        int count = 0;
+        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
+                                     static_cast<int>(exec.device)),
+              "multiprocessors of the device");
+        return count;
+    });
 }
 
 #endif

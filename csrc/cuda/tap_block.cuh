@@ -111,8 +111,9 @@ inline dim3 tap_grid(std::int64_t blocks) {
     return dim3(static_cast<unsigned>(blocks));
 }
 
-// The grid for tiles of this size, whose numbers it writes into the plan; perhaps empty.
-inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
+// The grid for tiles of this size, whose numbers it writes into the plan, in x, perhaps empty;
+// the splits of k are y.
+inline dim3 tap_grid(TapPlan& p, int rows, int columns, int splits = 1) {
     // The pixels of the first phase, the largest one.
     const std::int64_t height = (p.y.size + p.y.phases - 1) / p.y.phases;
     const std::int64_t width =
@@ -120,15 +121,10 @@ inline dim3 tap_grid(TapPlan& p, int rows, int columns) {
     const std::int64_t row_tiles = (p.batch * height * width + rows - 1) / rows;
     p.block_pixels = rows;
     p.column_tiles = (p.padded_columns + columns - 1) / columns;
-    const dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
+    dim3 grid = tap_grid(row_tiles * p.column_tiles * p.groups * p.y.phases * p.x.phases);
+    grid.y = static_cast<unsigned>(splits);
     p.row_tiles = static_cast<int>(row_tiles);
     return grid;
-}
-
-// Whether tiles of this size have no columns that are padding alone, and are one for each SM of a
-// large GPU at least (132 on an H100).
-inline bool fills_gpu(TapPlan p, int rows, int columns) {
-    return p.padded_columns % columns == 0 && tap_grid(p, rows, columns).x >= 132;
 }
 
 // The bias of four columns of a group, zero beyond the last.
@@ -148,17 +144,28 @@ struct TapResult {
     T* values;
     const T* forward;
     bool rectified;
+    Sum<T>* sums = nullptr;  // of halves: where these go instead, as they are
 
     __device__ T finish(Sum<T> value, std::int64_t offset) const {
         if (!kTransposed && forward != nullptr && Sum<T>(forward[offset]) <= Sum<T>(0)) value = 0;
         return static_cast<T>(!kTransposed && rectified ? rectify(value) : value);
     }
     __device__ void store(Sum<T> value, std::int64_t offset) const {
+        if constexpr (sizeof(T) < sizeof(Sum<T>))
+            if (sums != nullptr) {
+                sums[offset] = value;
+                return;
+            }
         values[offset] = finish(value, offset);
     }
     // Four that are neighbours in memory, aligned.
     __device__ void store_quad(const Sum<T> (&quad)[4], std::int64_t offset) const {
         constexpr int kPack = Pack<T>::size < 4 ? Pack<T>::size : 4;
+        if constexpr (sizeof(T) < sizeof(Sum<T>))
+            if (sums != nullptr) {
+                store_vector(sums + offset, Vector<Sum<T>, 4>{quad[0], quad[1], quad[2], quad[3]});
+                return;
+            }
 #pragma unroll
         for (int e = 0; e < 4; e += kPack) {
             Vector<T, kPack> pack;

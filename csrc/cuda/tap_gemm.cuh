@@ -29,6 +29,8 @@
 //   256 x 16     4 x 4      8                   groups with few result channels
 //   64 x 64      4 x 4      4                   float64
 //
+// Which of two tiles, and into how many splits k goes where there are few of them: tap_choice.cuh.
+//
 // Static: at most 128 registers a thread in float32, so that two blocks live on an SM, and at most
 // 40 KiB of shared memory; 128 x 128 takes 168 registers and the SM for itself. Of 128 x 128 a
 // chunk issues about 1170 instructions, 1024 of them FFMA (88 %); entering another tap, once in
@@ -51,7 +53,7 @@ template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int k
           typename Source>
 __global__ void __launch_bounds__(kTileThreads, Tile::kResident)
     tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
-                    T* result) {
+                    void* result) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kPack = Pack<V>::size;
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(kTileThreads, Tile::kResident)
         p, source, block.rows, block.columns, block.group, block.first_column, packed, tiles, sum);
 
     // Bias and gate; then quads of neighbours: pixels in NCHW, channels in NHWC.
-    const TapResult<T, kTransposed> to = {result, forward, p.rectify};
+    const auto to = tap_result<kTransposed>(p, forward, result);
 #pragma unroll
     for (int q = 0; q < Tile::kColumns; q += 4) {
         const int column = block.first_column + Tile::column(q);
@@ -132,19 +134,19 @@ void with_variant(const TapPlan& p, Dtype dtype, bool channels_last, bool vector
             body(TapVariant<T, BlockTile, false, 1>{});
         };
         if constexpr (sizeof(T) == 8)
-            with_tile(Tile<double, 64, 64>{});
+            with_tile(DoubleTile{});
         else if (narrow(p.columns, dtype))
-            with_tile(Tile<float, 256, 16>{});
+            with_tile(NarrowTile{});
         else
-            with_tile(Tile<float, 128, 64>{});
+            with_tile(PlainTile{});
     });
 }
 
 template <typename Variant, typename Tile, bool kTransposed, typename Source>
-void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, Address forward,
-                 Address result, const Exec& exec) {
+void launch_tile(TapPlan p, const Source& source, int splits, Address packed, Address bias,
+                 Address forward, Address result, const Exec& exec) {
     using T = typename Variant::T;
-    const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
+    const dim3 grid = tap_grid(p, Tile::kM, Tile::kN, splits);
     if (grid.x == 0) return;
     constexpr bool kChannelsLast = Variant::kChannelsLast;
     const std::int64_t neighbours =
@@ -153,28 +155,32 @@ void launch_tile(TapPlan p, const Source& source, Address packed, Address bias, 
     p.quads = dense && neighbours % 4 == 0 && aligned(result);
     launch(tap_gemm_kernel<T, Tile, kTransposed, kChannelsLast, Variant::kVector, Source>, grid,
            dim3(kTileThreads), 0, exec, p, source, packed.as<const Sum<T>>(), bias.as<const T>(),
-           forward.as<const T>(), result.as<T>());
+           forward.as<const T>(), result.value);
 }
 
-// With the largest tile where that fills the GPU.
 template <typename Variant, bool kTransposed, typename Source>
-void launch_tap_gemm(const TapPlan& p, const Source& source, Address packed, Address bias,
-                     Address forward, Address result, const Exec& exec) {
-    using Square = Tile<float, 128, 128, 8>;
-    if constexpr (!kTransposed && std::is_same_v<typename Variant::T, float> &&
-                  Variant::kVector == 4 && Variant::Tile::kN == 64)
-        if (fills_gpu(p, Square::kM, Square::kN))
-            return launch_tile<Variant, Square, kTransposed>(p, source, packed, bias, forward,
-                                                             result, exec);
-    launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, packed, bias, forward,
-                                                              result, exec);
+void launch_tap_gemm(const TapPlan& plan, const Source& source, Address packed, Address partial,
+                     Address bias, Address forward, Address result, const Exec& exec) {
+    using T = typename Variant::T;
+    constexpr bool kSquare = !kTransposed && std::is_same_v<T, float> && Variant::kVector == 4;
+    const TapCut cut = tap_cut(plan, sizeof(T), kSquare, bool(partial), processors(exec));
+    const auto product = [&](const TapPlan& p, Address bias, Address forward, Address result) {
+        if constexpr (kSquare && Variant::Tile::kN == PlainTile::kN)
+            if (cut.columns == SquareTile::kN)
+                return launch_tile<Variant, SquareTile, kTransposed>(p, source, cut.splits, packed,
+                                                                     bias, forward, result, exec);
+        launch_tile<Variant, typename Variant::Tile, kTransposed>(p, source, cut.splits, packed,
+                                                                  bias, forward, result, exec);
+    };
+    with_splits<T, kTransposed>(plan, cut.splits, partial, bias, forward, result, exec, product);
 }
 
 // `gate` acts on the source of the transposed convolution, on the result of the other; `packed` are
-// the weights, by pack_weights in the same way.
+// the weights, by pack_weights in the same way; `partial` has room for the partial sums of splits,
+// or is null: then there are none.
 template <bool kTransposed>
 void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address source, Address packed,
-              Address bias, Address forward, Address result, const Exec& exec) {
+              Address partial, Address bias, Address forward, Address result, const Exec& exec) {
     const TapPlan p = tap_plan<kTransposed>(s, dtype, way, gate);
     const Address mask = mask_of(gate, forward);
     const auto tensor = [&](auto zero) {
@@ -188,20 +194,24 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
+            const MmaPlan<kTransposed> plan(p, sizeof(T));
             if constexpr (!kTransposed) {
-                if (p.run != 0)
-                    return launch_patch_mma<Factors>(p, source, packed, bias, mask, result, exec);
-                if (!halo_pays(p, Pack<T>::size))
-                    return launch_tap_mma<Factors>(p, source, packed, bias, mask, result, exec);
+                if (plan.loop == MmaLoop::patch)
+                    return launch_patch_mma<Factors>(plan, source, packed, partial, bias, mask,
+                                                     result, exec);
+                if (plan.loop == MmaLoop::taps)
+                    return launch_tap_mma<Factors>(plan.tap, source, packed, partial, bias, mask,
+                                                   result, exec);
             }
-            launch_halo_mma<Factors, kTransposed>(p, tensor(T{}), packed, bias, mask, result, exec);
+            launch_halo_mma<Factors, kTransposed>(plan, tensor(T{}), packed, partial, bias, mask,
+                                                  result, exec);
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);
         const auto from = tensor(typename Variant::T{});
-        launch_tap_gemm<Variant, kTransposed>(p, from, packed, bias, mask, result, exec);
+        launch_tap_gemm<Variant, kTransposed>(p, from, packed, partial, bias, mask, result, exec);
     });
 }
 

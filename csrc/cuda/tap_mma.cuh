@@ -17,6 +17,8 @@
 // one tap and is inside the source or zero as a whole: cp.async brings it, or zeros. Weights are
 // packed in pieces too. There is one barrier a chunk.
 //
+// Which tile, and whether a block multiplies all of k or one split of it, says tap_choice.cuh.
+//
 // Work: as tap_gemm.cuh. A block of 128 x 128 reads 256 k numbers for 128 * 128 k products: 32 FLOP
 // a byte in float32, 64 in halves, from L2, where blocks of one row of tiles share their source.
 // Three stages of 16 KiB leave room for two blocks on an SM of any architecture from sm_80 on (100
@@ -36,12 +38,13 @@
 #pragma once
 
 #include "mma_tile.cuh"
-#include "tap_block.cuh"
+#include "tap_choice.cuh"
+#include "tap_split.cuh"
 
 namespace zfcuda {
 
-// The main loop. `pixel_of(row)` says what a row of the tile reads; `stages` are
-// Tile::kSharedBytes, which every thread may use again afterwards.
+// The main loop, over all chunks or those of the block's split. `pixel_of(row)` says what a row of
+// the tile reads; `stages` are Tile::kSharedBytes, which every thread may use again afterwards.
 template <typename Factors, typename Tile, typename PixelOf>
 __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Factors::T* source,
                                             const PhaseTaps& rows, const PhaseTaps& columns,
@@ -76,7 +79,9 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
 
     // Taps change once in many chunks: what depends on them alone is kept. For each of the thread's
     // rows of the source: where it reads, and whether that is inside.
-    TapWalk at(piece, pieces, width);
+    const ChunkRange range =
+        chunk_range((rows.count * columns.count * pieces + kPieces - 1) / kPieces);
+    TapWalk at(range.first * kPieces + piece, pieces, width);
     std::int64_t from[kLeft];
     unsigned inside = 0;
     const T* weights = nullptr;
@@ -114,7 +119,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
                 cp_async<16>(stage + right_slot + j * kStep, weights + j * kStep * kElements,
                              bytes);
     };
-    const int chunks = (rows.count * columns.count * pieces + kPieces - 1) / kPieces;
+    const int chunks = range.count;
     const std::int64_t weight_step = std::int64_t(p.padded_columns) * kElements * kPieces;
     const auto bring = [&](int chunk, int buffer) {
         if (chunk < chunks) {
@@ -163,11 +168,11 @@ template <typename Tile, bool kTransposed, typename T, typename PixelOf>
 __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<kTransposed>& block,
                                               const typename Tile::Accumulator& sum,
                                               std::int64_t* targets, const T* bias,
-                                              const T* forward, T* result, PixelOf&& pixel_of) {
+                                              const T* forward, void* result, PixelOf&& pixel_of) {
     for (int row = threadIdx.x; row < Tile::kM; row += Tile::kThreads)
         targets[row] = block.target(p, pixel_of(row));
     __syncthreads();
-    const TapResult<T, kTransposed> to = {result, forward, p.rectify};
+    const auto to = tap_result<kTransposed>(p, forward, result);
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
         const int column = block.first_column + Tile::column(j);
@@ -188,7 +193,7 @@ template <typename Factors, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     tap_mma_kernel(TapPlan p, const typename Factors::T* source, const typename Factors::T* packed,
                    const typename Factors::T* bias, const typename Factors::T* forward,
-                   typename Factors::T* result) {
+                   void* result) {
     ZF_DYNAMIC_SHARED(Piece, stages);
     const auto block = tap_block<false, Tile::kN>(p);
     typename Tile::Accumulator sum = {};
@@ -207,29 +212,52 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
     dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
-// body(Tile{}) for the tile of a product: the largest where it fills the GPU, but not with split
-// factors, whose registers would spill.
-template <typename Factors, typename Body>
-void with_mma_tile(const TapPlan& p, Body&& body) {
-    if (p.padded_columns == 16) return body(NarrowMmaTile{});
-    if constexpr (!std::is_same_v<Factors, Tf32x3>)
-        if (fills_gpu(p, 128, 128)) return body(WideMmaTile{});
+// body(Tile{}) for the tile that was chosen.
+template <typename Factors, bool kPatch, typename Body>
+void with_mma_tile(const TapCut& cut, Body&& body) {
+    if constexpr (kPatch) {
+        if (cut.columns == MergedMmaTile::kN) return body(MergedMmaTile{});
+    } else {
+        if (cut.columns == NarrowMmaTile::kN) return body(NarrowMmaTile{});
+        if constexpr (!std::is_same_v<Factors, Tf32x3>)
+            if (cut.columns == WideMmaTile::kN) return body(WideMmaTile{});
+    }
     body(MediumMmaTile{});
 }
 
-template <typename Factors>
-void launch_tap_mma(TapPlan p, Address source, Address packed, Address bias, Address forward,
-                    Address result, const Exec& exec) {
+// Launches a product in tiles and splits as they are chosen: run(tile, p, grid, bias, forward,
+// result) launches its kernel.
+template <typename Factors, bool kTransposed, bool kPatch, typename Run>
+void with_mma_cut(const TapPlan& plan, Address partial, Address bias, Address forward,
+                  Address result, const Exec& exec, Run&& run) {
     using T = typename Factors::T;
-    p.quads = p.columns % 4 == 0 && aligned(result);
-    with_mma_tile<Factors>(p, [&](auto tile) {
+    const TapCut cut = tap_cut(plan, sizeof(T), false, bool(partial), processors(exec));
+    with_mma_tile<Factors, kPatch>(cut, [&](auto tile) {
         using Tile = decltype(tile);
-        const dim3 grid = tap_grid(p, Tile::kM, Tile::kN);
-        if (grid.x == 0) return;
+        const auto product = [&](TapPlan p, Address bias, Address forward, Address result) {
+            const int rows = p.block_pixels > 0 ? p.block_pixels : Tile::kM;
+            const dim3 grid = tap_grid(p, rows, Tile::kN, cut.splits);
+            if (grid.x == 0) return;
+            p.quads = p.columns % 4 == 0 && aligned(result);
+            run(tile, p, grid, bias, forward, result);
+        };
+        with_splits<T, kTransposed>(plan, cut.splits, partial, bias, forward, result, exec,
+                                    product);
+    });
+}
+
+template <typename Factors>
+void launch_tap_mma(const TapPlan& plan, Address source, Address packed, Address partial,
+                    Address bias, Address forward, Address result, const Exec& exec) {
+    using T = typename Factors::T;
+    const auto run = [&](auto tile, const TapPlan& p, dim3 grid, Address bias, Address forward,
+                         Address result) {
+        using Tile = decltype(tile);
         launch(tap_mma_kernel<Factors, Tile>, grid, dim3(Tile::kThreads), Tile::kSharedBytes, exec,
                p, source.as<const T>(), packed.as<const T>(), bias.as<const T>(),
-               forward.as<const T>(), result.as<T>());
-    });
+               forward.as<const T>(), result.value);
+    };
+    with_mma_cut<Factors, false, false>(plan, partial, bias, forward, result, exec, run);
 }
 
 }  // namespace zfcuda

@@ -60,8 +60,10 @@ struct TapPlan {
     int padded_columns;
     int run, pixel;     // elements of a kernel row and of a pixel of the source, if rows_merge
     int strips, strip;  // the pixels of a row go by so many strips of this width, or whole: 0
-    int block_pixels;   // of one block
+    int block_pixels;   // of one block, or as many as its tile has rows: 0
+    bool by_channels;   // splits of k are of channels, with all their taps (halo_mma.cuh)
     int row_tiles, column_tiles;
+    std::int64_t split_size;  // results, where k is in splits (tap_split.cuh); else 0
     Way way;
     bool halo_fits;
     bool rectify;  // the source of the transposed convolution, the result of the other

@@ -4,10 +4,11 @@
 //
 // A chunk of kDepth products travels through registers while the one before it is multiplied: one
 // barrier a chunk. Loads of the source: lanes along pixels in NCHW, along k in NHWC, four channels
-// at a time where they are a multiple of four.
+// at a time where they are a multiple of four. A block of a split (tap_split.cuh) multiplies its
+// chunks alone.
 #pragma once
 
-#include "tap_block.cuh"
+#include "tap_split.cuh"
 #include "tile.cuh"
 
 namespace zfcuda {
@@ -48,9 +49,13 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     const int right_column = thread % (kRightStep / kPack) * kPack;
 
     const int width = columns.count > 0 ? columns.count : 1;  // no taps, no chunks
+    const ChunkRange range =
+        chunk_range((rows.count * columns.count * p.channels + kDepth - 1) / kDepth);
+    const int first_k = range.first * kDepth;
     const Odometer step(kDepth, p.channels, width);
-    Odometer left_at(load_k, p.channels, width);
-    TapWalk vector_at(load_k, p.channels, width), right_at(right_k, p.channels, width);
+    Odometer left_at(first_k + load_k, p.channels, width);
+    TapWalk vector_at(first_k + load_k, p.channels, width);
+    TapWalk right_at(first_k + right_k, p.channels, width);
     const std::int64_t step_y = p.y.offset_step * p.steps.row;
     const std::int64_t step_x = p.x.offset_step * p.steps.column;
     const std::int64_t step_channel = kChannelsLast ? 1 : p.steps.channel;
@@ -192,7 +197,7 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     };
 
     const typename Tile::First first = Tile::first();
-    const int chunks = (rows.count * columns.count * p.channels + kDepth - 1) / kDepth;
+    const int chunks = range.count;
     if (chunks > 0) {
         fetch(0);
         stash(0);

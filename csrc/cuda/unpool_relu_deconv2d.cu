@@ -33,6 +33,7 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
     pack_weights<true>(s, dtype, way, weight, workspace, exec);
     TapPlan p = tap_plan<true>(s, dtype, way, gate);
     p.steps = UnpooledSource<float>::steps(pool);
+    const Address partial = partial_sums<true>(s, dtype, workspace);
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(signal, switches, forward);
     const auto source = [&](auto zero) {
@@ -43,12 +44,14 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = source(typename Factors::T{});
-            launch_halo_mma<Factors, true>(p, from, workspace, bias, Address{}, image, exec);
+            const MmaPlan<true> plan(p, sizeof(typename Factors::T));
+            launch_halo_mma<Factors, true>(plan, from, workspace, partial, bias, Address{}, image,
+                                           exec);
         });
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {
         using Variant = decltype(variant);
         const auto from = source(typename Variant::T{});
-        launch_tap_gemm<Variant, true>(p, from, workspace, bias, Address{}, image, exec);
+        launch_tap_gemm<Variant, true>(p, from, workspace, partial, bias, Address{}, image, exec);
     });
 }
 

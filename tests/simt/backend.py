@@ -55,9 +55,13 @@ ORDERS = {
 }
 
 
-def configure(controls: ctypes.CDLL, order: Order, arch: int) -> None:
-    """Choose the order and the architecture of the launches to come."""
-    controls.zf_simt_configure(order.kind, order.seed, order.preempt, arch)
+#: Multiprocessors of the emulated GPU unless a test wants others: an H100's.
+PROCESSORS = 132
+
+
+def configure(controls: ctypes.CDLL, order: Order, arch: int, processors: int = PROCESSORS) -> None:
+    """Choose the order of the launches to come, and the GPU that they are for."""
+    controls.zf_simt_configure(order.kind, order.seed, order.preempt, arch, processors)
 
 
 def register(
@@ -76,8 +80,14 @@ class Address(int):
 class Emulator:
     """Looks like a backend module. Each call runs once in each order, and the results must be the same bits."""
 
-    def __init__(self, module: ModuleType, arch: int = 86, orders: tuple[str, ...] = ("forward", "reverse", "shuffle")):
-        self.module, self.arch, self.orders = module, arch, orders
+    def __init__(
+        self,
+        module: ModuleType,
+        arch: int = 86,
+        orders: tuple[str, ...] = ("forward", "reverse", "shuffle"),
+        processors: int = PROCESSORS,
+    ):
+        self.module, self.arch, self.orders, self.processors = module, arch, orders, processors
         self.controls = build.controls(str(module.__file__))
         self.lock = threading.Lock()
 
@@ -93,7 +103,8 @@ class Emulator:
     def __getattr__(self, function: str) -> Any:
         call = getattr(self.module, function)
         if function not in WRITTEN:
-            configure(self.controls, ORDERS["forward"], self.arch)  # sizes may depend on the architecture
+            # Sizes may depend on the GPU.
+            configure(self.controls, ORDERS["forward"], self.arch, self.processors)
             return call
         return lambda *arguments: self._run(function, call, arguments)
 
@@ -120,7 +131,7 @@ class Emulator:
                 name, updated = f"argument {i} of {function}", i == UPDATED.get(function)
                 register(self.controls, argument, argument.nbytes, i in written, name, updated)
         try:
-            configure(self.controls, order, self.arch)
+            configure(self.controls, order, self.arch, self.processors)
             call(*arguments)
             for i in (i for i, whole in written.items() if whole):
                 at = self.controls.zf_simt_unwritten(arguments[i])

@@ -87,7 +87,7 @@ def forget_coverage() -> None:
 def controls(path: str | Path) -> ctypes.CDLL:
     """The C functions of the emulator in a module or library."""
     found = ctypes.CDLL(str(path))
-    found.zf_simt_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    found.zf_simt_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
     found.zf_simt_register.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
     found.zf_simt_unwritten.argtypes = [ctypes.c_void_p]
     found.zf_simt_unwritten.restype = ctypes.c_int64

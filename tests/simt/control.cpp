@@ -13,8 +13,9 @@ std::string machine() { return "emulator"; }
 
 extern "C"
     __attribute__((visibility("default"))) void zf_simt_configure(int order, std::uint64_t seed,
-                                                                  int preempt, int arch) {
-    simt::settings = {order, seed, preempt, arch};
+                                                                  int preempt, int arch,
+                                                                  int processors) {
+    simt::settings = {order, seed, preempt, arch, processors};
 }
 
 #if defined(ZF_SIMT_COVERAGE)

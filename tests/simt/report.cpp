@@ -11,6 +11,7 @@ namespace simt {
 Settings settings;
 
 int architecture() { return settings.arch; }
+int processors() { return settings.processors; }
 
 namespace {
 

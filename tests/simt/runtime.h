@@ -25,6 +25,7 @@ struct Settings {
     std::uint64_t seed = 0;
     int preempt = 0;  // yield after about so many checked accesses; 0 never
     int arch = 86;
+    int processors = 132;  // those of an H100
 };
 extern Settings settings;
 

@@ -50,6 +50,9 @@ void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
 // The one that launches are checked for: 75, 80, …
 int architecture();
 
+// How many multiprocessors the device has, by which launchers choose their grids.
+int processors();
+
 // The shared array of the declaration `key`, the same for all threads of a block.
 void* shared_array(const void* key, const char* name, std::size_t bytes);
 void* dynamic_shared();

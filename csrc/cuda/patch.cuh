@@ -1,0 +1,94 @@
+// What a block of patch_mma.cuh reads of an image of few channels: a rectangle of it, in which the
+// runs of all its pixels lie (or several, one below the other, where strips end: see halo.cuh).
+#pragma once
+
+#include "halo.cuh"
+
+namespace zfcuda {
+
+struct PatchPlan {
+    int rows, pitch, length;  // pitch and length of a row in elements
+    int tall;                 // rows from a strip of an image to the next one
+    int second;               // words from a copy of the patch to the other, or 0
+    bool interleaved;         // the pixels of a matrix's rows, see patch_pixel
+    std::int64_t bytes;       // of both copies
+};
+
+// How often the banks must serve the words of a fragment whose rows are pixels `apart` elements
+// from each other.
+inline int patch_passes(std::int64_t apart, int bytes) {
+    std::int64_t words[32];
+    int most = 0, served[32] = {};
+    for (int lane = 0; lane < 32; ++lane) {
+        const std::int64_t element = lane / 4 * apart, odd = bytes == 2 ? element % 2 : 0;
+        words[lane] = (element + odd) * bytes / 4 + 16 * odd + lane % 4;
+        bool again = false;
+        for (int other = 0; other < lane; ++other) again |= words[other] == words[lane];
+        if (!again && ++served[words[lane] % 32] > most) most = served[words[lane] % 32];
+    }
+    return most;
+}
+
+// A patch for so many lines of pixels, `width` long, that end in so many strips before the last.
+inline PatchPlan patch_plan(const TapPlan& p, int bytes, std::int64_t lines, std::int64_t width,
+                            std::int64_t strips) {
+    PatchPlan h = {};
+    const std::int64_t step = std::int64_t(p.x.stride) * p.pixel;
+    const std::int64_t span = std::int64_t(p.y.kernel - 1) * p.y.dilation + 1;
+    const std::int64_t more = span > p.y.stride ? span - p.y.stride : 0;
+    const std::int64_t rows = (lines - 1) * p.y.stride + span + strips * more;
+    // The last run is read to the end of its last piece, which may be a half further on.
+    const std::int64_t last = (width - 1) * step, pitch = (last + p.channels + 1 + 3) / 4 * 4;
+    const std::int64_t words = rows * pitch * bytes / 4;
+    h.rows = static_cast<int>(rows), h.pitch = static_cast<int>(pitch);
+    h.length = static_cast<int>(last) + p.run;
+    h.tall = static_cast<int>((p.y.size - std::int64_t(1)) * p.y.stride + span);
+    const std::int64_t second = bytes == 2 && step % 2 != 0 ? (words + 15) / 32 * 32 + 16 : 0;
+    h.second = static_cast<int>(second);
+    h.bytes = 4 * (second + words);
+    h.interleaved = patch_passes(2 * step, bytes) < patch_passes(step, bytes);
+    return h;
+}
+
+// Chooses strips and the pixels of a block for an image whose patches fit (tap_plan.cuh).
+inline PatchPlan patch_plan(TapPlan& p, int bytes) {
+    const auto measured = [&](int strip, int pixels) {
+        const std::int64_t strips = line_ends(std::int64_t(strip) * p.y.size, pixels);
+        return patch_plan(p, bytes, 1 + line_ends(strip, pixels), strip, strips);
+    };
+    choose_strips(p, kPatchBytes,
+                  [&](int strip, int pixels) { return measured(strip, pixels).bytes; });
+    return measured(p.strip, p.block_pixels);
+}
+
+// The element of the patch where a pixel's runs begin.
+__device__ inline int patch_base(const TapBlock<false>& block, const TapPlan& p, const PatchPlan& h,
+                                 int pixel) {
+    if (pixel >= block.pixels) return 0;
+    const std::int64_t line = block.first_pixel / block.strip;
+    const int x = static_cast<int>(block.first_pixel - line * block.strip) + pixel;
+    const int lines = x / block.strip, tall = block.rows.pixels;
+    const int strips = (static_cast<int>(line % tall) + lines) / tall;
+    const int row = strips * h.tall + (lines - strips * tall) * p.y.stride;
+    return row * h.pitch + x % block.strip * p.x.stride * p.pixel;
+}
+
+// Where a row of the patch begins in the image, and at which row and column of it.
+__device__ inline TapPixel patch_row(const TapBlock<false>& block, const TapPlan& p,
+                                     const PatchPlan& h, int row) {
+    const std::int64_t line = block.first_pixel / block.strip;
+    const std::int64_t first = line / block.rows.pixels;
+    const int down = static_cast<int>(line - first * block.rows.pixels) * p.y.stride + row;
+    const std::int64_t strip = first + down / h.tall, n = strip / block.strips;
+    const int y = down % h.tall - p.y.padding;
+    const int x =
+        static_cast<int>(strip - n * block.strips) * block.strip * p.x.stride - p.x.padding;
+    return {p.steps.offset(n, 0, y, x), n < p.batch ? y : kOutside, x};
+}
+
+// The pixel of a row of the tile: itself, or of each 16 the even ones first.
+__device__ __forceinline__ int patch_pixel(const PatchPlan& h, int row) {
+    return h.interleaved ? (row & ~15) | (row & 7) << 1 | (row >> 3 & 1) : row;
+}
+
+}  // namespace zfcuda
