@@ -78,13 +78,13 @@ constexpr TileCost tile_cost(int resident, int work, int latency) {
     return {Tile::kM, Tile::kN, resident, work, latency};
 }
 
-using SquareTile = Tile<float, 128, 128, 8>;
+using SquareTile = Tile<float, 128, 128, 8, 128>;
 using PlainTile = Tile<float, 128, 64>;
 using NarrowTile = Tile<float, 256, 16>;
 using DoubleTile = Tile<double, 64, 64>;
 
 //                                                  (resident, work, latency)
-constexpr TileCost kSquareTile = tile_cost<SquareTile>(1, 2600, 2600);
+constexpr TileCost kSquareTile = tile_cost<SquareTile>(2, 2300, 2800);
 constexpr TileCost kPlainTile = tile_cost<PlainTile>(2, 1700, 2100);
 constexpr TileCost kNarrowTile = tile_cost<NarrowTile>(2, 1500, 1900);
 constexpr TileCost kDoubleTile = tile_cost<DoubleTile>(1, 1400, 1400);

@@ -20,25 +20,27 @@
 // Work: 2 * batch * pixels * taps * in_channels * out_channels / groups operations. A block reads
 // its source tile once for each column tile, the taps' overlap coming from L1, and writes each
 // result once. The main loop is tap_product.cuh, by FMA: float64, and float32 and halves where the
-// tensor cores (tap_mma.cuh) do not serve. The weights are packed first (a transposition of at most
-// megabytes) so that every block reads them as 16-byte packs.
+// tensor cores do not serve. These have three loops: from halos (halo_mma.cuh), from each tap
+// (tap_mma.cuh), and from patches of images of few channels (patch_mma.cuh). The weights are packed
+// first (a transposition of at most megabytes) so that every block reads them as 16-byte packs.
 //
 //   results      a thread   FMA a shared load   for
-//   128 x 128    8 x 8      16                  float32, NHWC by four channels, many pixels
+//   128 x 128    16 x 8     21.3                float32, NHWC by four channels, many pixels
 //   128 x 64     8 x 4      10.7                the others
 //   256 x 16     4 x 4      8                   groups with few result channels
 //   64 x 64      4 x 4      4                   float64
 //
 // Which of two tiles, and into how many splits k goes where there are few of them: tap_choice.cuh.
 //
-// Static: at most 128 registers a thread in float32, so that two blocks live on an SM, and at most
-// 40 KiB of shared memory; 128 x 128 takes 168 registers and the SM for itself. Of 128 x 128 a
-// chunk issues about 1170 instructions, 1024 of them FFMA (88 %); entering another tap, once in
-// C / 16 chunks, about 100 more. 128 x 64: FFMA are 41 % of the main loop's code in NCHW, whose
-// every load has a tap of its own, and 67 % by four channels.
-// Tried: 128 x 128 for two blocks an SM, 8 deep (87 % FFMA, but it spills on sm_100 and 120) and 16
-// deep (89 %, but it spills on sm_120). The transposed product keeps 128 x 64: its sources, which
-// are gated or gathered, need registers of their own.
+// Static: two blocks live on an SM: at most 128 registers for each of 256 threads in float32, or
+// 255 for the 128 threads of 128 x 128, and at most 40 KiB of shared memory. Of 128 x 128 a chunk
+// issues about 2280 instructions, 2048 of them FFMA (90 %); entering another tap, once in C / 16
+// chunks, about 150 more, with which they are 84 to 86 % of the loop's code. 128 x 64: 41 % in
+// NCHW, whose every load has a tap of its own, and 67 % by four channels.
+// Tried: 128 x 128 with 8 x 8 a thread (88 %, 79 % of the code: 64 shared loads for 1024 FFMA
+// instead of 48), for two blocks an SM 8 deep (87 %, but it spills on sm_100 and 120) and 16 deep
+// (89 %, but it spills on sm_120). The transposed product keeps 128 x 64: its sources, which are
+// gated or gathered, need registers of their own.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -51,7 +53,7 @@ namespace zfcuda {
 
 template <typename T, typename Tile, bool kTransposed, bool kChannelsLast, int kVector,
           typename Source>
-__global__ void __launch_bounds__(kTileThreads, Tile::kResident)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     tap_gemm_kernel(TapPlan p, Source source, const Sum<T>* packed, const T* bias, const T* forward,
                     void* result) {
     using V = Sum<T>;
@@ -154,7 +156,7 @@ void launch_tile(TapPlan p, const Source& source, int splits, Address packed, Ad
     const bool dense = kChannelsLast || p.y.phases * p.x.phases == 1;
     p.quads = dense && neighbours % 4 == 0 && aligned(result);
     launch(tap_gemm_kernel<T, Tile, kTransposed, kChannelsLast, Variant::kVector, Source>, grid,
-           dim3(kTileThreads), 0, exec, p, source, packed.as<const Sum<T>>(), bias.as<const T>(),
+           dim3(Tile::kThreads), 0, exec, p, source, packed.as<const Sum<T>>(), bias.as<const T>(),
            forward.as<const T>(), result.value);
 }
 

@@ -36,15 +36,15 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     // Which elements of the left tile a thread brings: NCHW one pixel and kLoads neighbours in k,
     // NHWC one pack in k and kLoads pixels.
     constexpr int kLanes = kDepth / kVector;  // threads along k in NHWC
-    constexpr int kRowStep = kTileThreads / kLanes;
-    constexpr int kLoads = kM * kDepth / (kTileThreads * kVector);
+    constexpr int kRowStep = Tile::kThreads / kLanes;
+    constexpr int kLoads = kM * kDepth / (Tile::kThreads * kVector);
     const int load_k = kChannelsLast ? thread % kLanes * kVector : thread / kM * kLoads;
     const int load_row = kChannelsLast ? thread / kLanes : thread % kM;
     // And of the right tile: packs of one row, kRightStep columns apart.
     constexpr int kPacks = kDepth * kN / kPack;
-    constexpr int kRight = kPacks > kTileThreads ? kPacks / kTileThreads : 1;
+    constexpr int kRight = kPacks > Tile::kThreads ? kPacks / Tile::kThreads : 1;
     constexpr int kRightStep = kN / kRight;
-    const bool loads_right = kPacks >= kTileThreads || thread < kPacks;
+    const bool loads_right = kPacks >= Tile::kThreads || thread < kPacks;
     const int right_k = thread / (kRightStep / kPack);
     const int right_column = thread % (kRightStep / kPack) * kPack;
 

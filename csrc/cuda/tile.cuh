@@ -30,17 +30,18 @@ ZF_HD int tile_slot(int k, int column) {
 
 // The sizes of a block's product: kM x kN results, kRows x kColumns a thread, kDepth products at a
 // time.
-template <typename T, int kBlockM, int kBlockN, int kColumnsOfThread = 4>
+template <typename T, int kBlockM, int kBlockN, int kColumnsOfThread = 4,
+          int kThreadsOfBlock = kTileThreads>
 struct Tile {
     static constexpr int kM = kBlockM, kN = kBlockN, kDepth = 64 / sizeof(T);
-    static constexpr int kColumns = kColumnsOfThread;
-    static constexpr int kResident = kColumns == 4 ? kResidentBlocks<T> : 1;
-    static constexpr int kRows = kM * kN / (kColumns * kTileThreads);
+    static constexpr int kColumns = kColumnsOfThread, kThreads = kThreadsOfBlock;
+    static constexpr int kResident = kResidentBlocks<T>;
+    static constexpr int kRows = kM * kN / (kColumns * kThreads);
     static constexpr int kRowThreads = kM / kRows, kColumnThreads = kN / kColumns;
 
     using Accumulator = T[kRows][kColumns];
 
-    // Threads of 8 x 8 results have no registers for the addresses of tile_slot. Four columns of
+    // Threads of 16 x 8 results have no registers for the addresses of tile_slot. Four columns of
     // padding put two quads of k on other banks, an exclusive or the two that follow.
     static constexpr int kPadding = kColumns == 8 ? 4 : 0;
     static constexpr int kLeftSize = kDepth * (kM + kPadding);
