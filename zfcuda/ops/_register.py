@@ -175,7 +175,7 @@ class Operator:
                 return pytree.tree_map(_or_zero, moved, results)
 
         methods: dict[str, Callable[..., Any]] = {
-            "forward": self.overload,
+            "forward": self._below_autograd,
             "setup_context": prepare,
             "backward": pull_back,
             "jvp": push_forward,
@@ -199,6 +199,10 @@ class Operator:
             return self._function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def _count_writes(self, keyset: Any, *args: Any) -> Any:
         """Kernels write memory that torch does not see them write."""
