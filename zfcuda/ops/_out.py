@@ -71,16 +71,26 @@ def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
 
 def check_apart(outs: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
     """Raise RuntimeError if an output shares memory with another one or with an input."""
+    if pair := meeting(outs, inputs):
+        raise RuntimeError(f"{pair[0]} shares memory with {pair[1]}; it must have its own: allocate it anew")
+
+
+def meeting(outs: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[str, str] | None:
+    """The names of an output and of what it shares memory with, another one or an input, if there are any."""
     seen = {name: _extent(value) for name, value in inputs.items() if value.numel()}
     for name, value in outs.items():
         begin, end = _extent(value)
         for other, (from_, to) in seen.items():
             if value.numel() and begin < to and from_ < end:
-                raise RuntimeError(f"{name} shares memory with {other}; it must have its own: allocate it anew")
+                return name, other
         seen[name] = begin, end
+    return None
 
 
 def _extent(value: Tensor) -> tuple[int, int]:
     """The addresses between which a tensor's elements lie."""
+    begin = value.data_ptr()
+    if value.is_contiguous():
+        return begin, begin + value.nbytes
     last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
-    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+    return begin, begin + (last + 1) * value.element_size()

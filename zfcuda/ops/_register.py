@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from zfcuda import core
 from zfcuda.ops._arrays import on_arrays
-from zfcuda.ops._out import Result, check_apart, outputs, refuse_gradients
+from zfcuda.ops._out import Result, check_apart, meeting, outputs, refuse_gradients
 from zfcuda.ops._signature import Signature
 
 NAMESPACE = "zfcuda"
@@ -320,6 +320,8 @@ def entry(
         def call(*args: Any, **kwargs: Any) -> Any:
             if recall is None or is_dynamo_compiling():
                 return ordinary(args, kwargs)
+            if kwargs.get("out") is not None:
+                return _written(memo, ordinary, args, kwargs)
             known = recall(*args, **kwargs)
             return _first_time(memo, ordinary, args, kwargs) if known is None else known
 
@@ -377,4 +379,25 @@ def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], 
     with core.recording() as record:
         result = function(args, kwargs)
     record.teach(memo, key, (*args, *kwargs.values()), result)
+    return result
+
+
+def _written(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call with ``out``, or let the memo repeat it, for which tensors to be written are arguments like others.
+
+    It does not see whether they share memory, nor does torch see that they are written.
+    """
+    out = kwargs["out"]
+    outs = {f"out[{n}]": value for n, value in enumerate(out if isinstance(out, (tuple, list)) else [out])}
+    rest = {name: value for name, value in kwargs.items() if name != "out"}
+    key = memo.key(*args, **rest, **outs)
+    if key is None:
+        return function(args, kwargs)
+    inputs = {str(n): a for n, a in enumerate((*args, *rest.values())) if isinstance(a, Tensor)}
+    if not meeting(outs, inputs) and memo.recall(*args, **rest, **outs) is not None:
+        torch.autograd.graph.increment_version(outs.values())
+        return out if isinstance(out, Tensor) else tuple(out)
+    with core.recording() as record:
+        result = function(args, kwargs)
+    record.teach(memo, key, (*args, *rest.values(), *outs.values()), (), outs.values())
     return result
