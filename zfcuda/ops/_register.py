@@ -341,9 +341,9 @@ def entry(
 
         @functools.wraps(function)
         def batched(*args: Any, **kwargs: Any) -> Any:
-            given = [*zip(names, args, strict=False), *kwargs.items()]
+            given = [*zip(names[: len(args)], args, strict=False), *kwargs.items()]  # torch 2.6 traces no uneven zip
             those = [value for name, value in given if name in images and value is not None]
-            single = bool(those) and all(isinstance(v, Tensor) and v.dim() == 3 for v in those)
+            single = len(those) > 0 and all(isinstance(v, Tensor) and v.dim() == 3 for v in those)
             if not single or len(args) > len(names):
                 return function(*args, **kwargs)
             to = functools.partial(_batch_of_one, images, whole)
