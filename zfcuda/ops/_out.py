@@ -60,9 +60,9 @@ def outputs(out: Any, count: int) -> list[Tensor]:
     return [tensor(f"out[{i}]", value) for i, value in enumerate(out)]
 
 
-def refuse_gradients(name: str, *tensors: Tensor | None) -> None:
+def refuse_gradients(name: str, *tensors: Tensor) -> None:
     """Raise RuntimeError if autograd would have to record what is written into ``out``, as torch does."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(
             f"zfcuda.ops.{name} with out= is not differentiable, but one of its tensors requires grad: leave out= "
             "away, or call it under torch.no_grad()"
