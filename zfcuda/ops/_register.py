@@ -391,7 +391,7 @@ def _written(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwa
     outs = {f"out[{n}]": value for n, value in enumerate(out if isinstance(out, (tuple, list)) else [out])}
     rest = {name: value for name, value in kwargs.items() if name != "out"}
     key = memo.key(*args, **rest, **outs)
-    if key is None:
+    if key is None or not all(isinstance(value, Tensor) for value in outs.values()):
         return function(args, kwargs)
     inputs = {str(n): a for n, a in enumerate((*args, *rest.values())) if isinstance(a, Tensor)}
     if not meeting(outs, inputs) and memo.recall(*args, **rest, **outs) is not None:
