@@ -256,7 +256,7 @@ refused by the one, and changed as an optimiser changes it by the other. Both co
 
 An eager call without gradients, made before with arguments of the same kind, is repeated from a memo in about the time
 of its allocations (from torch 2.10 on): on a tiny input the operators that have derivatives take at most as long as
-torch's own, the fused ones as the chain of torch's.
+torch's own, the fused ones as the chain of torch's. With `out=` too: a check that no memory is shared comes on top.
 """
 
 

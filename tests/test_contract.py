@@ -489,11 +489,24 @@ def _repeated(declared: Declared):
 
 
 REPEATED = having(_repeated)
+FROM_2_10 = pytest.mark.skipif(
+    not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="calls are repeated from torch 2.10 on"
+)
 
 
-@pytest.mark.skipif(not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="calls are repeated from torch 2.10 on")
+@FROM_2_10
 def test_what_is_repeated():
     assert {d.name for d in OPERATORS if not _repeated(d)} == {"crop_windows"}  # which reads the values of a tensor
+
+
+@contextlib.contextmanager
+def _checked():
+    """No call is repeated."""
+    _register.GUARDS.append(lambda: True)
+    try:
+        yield
+    finally:
+        _register.GUARDS.pop()
 
 
 @SAMPLES
@@ -507,9 +520,7 @@ def test_a_repeated_call_gives_the_same_bits(declared, number, dtype):
             with mode():
                 first = sample.call(declared.call)
                 second = sample.call(declared.call)
-                with contextlib.ExitStack() as stack:
-                    _register.GUARDS.append(lambda: True)
-                    stack.callback(_register.GUARDS.pop)
+                with _checked():
                     checked = sample.call(declared.call)
                 same(second, first)
                 same(second, checked)
@@ -523,7 +534,7 @@ def checked_numel(result) -> int:
 
 
 @having(lambda d: d.tiny)
-@pytest.mark.skipif(not hasattr(Tensor, "__dlpack_c_exchange_api__"), reason="calls are repeated from torch 2.10 on")
+@FROM_2_10
 def test_overhead_is_at_most_torchs(declared, threads):
     """The median over rounds of the ratio of two times that were taken together."""
     threads(1)
@@ -584,6 +595,62 @@ def test_repeated_for_equal_arguments_only(declared):
         assert longer.call(recall) is not None
         for dtype in set(core.DTYPES) - {torch.float32}:
             assert longer.on(torch.device("cpu"), dtype).call(recall) is None
+
+
+def _with_out(declared: Declared):
+    """A call of the first sample with ``out``, without gradients, and its tensors to write."""
+    sample = declared.sample(torch.device("cpu"), torch.float32)
+    results = sample.call(declared.call)
+    outs = [torch.empty_like(r.detach()) for r in (results if isinstance(results, tuple) else (results,))]
+    sample.options["out"] = tuple(outs) if len(outs) > 1 else outs[0]
+    return torch.no_grad()(lambda: sample.call(declared.call)), outs, sample
+
+
+WRITES = having(lambda d: "out" in inspect.signature(d.call).parameters)
+
+
+@WRITES
+@FROM_2_10
+def test_a_repeated_call_writes_out(declared, monkeypatch):
+    """Without a check: the same bits, counted as a write, unless autograd or another tensor's memory is in the way."""
+    call, outs, sample = _with_out(declared)
+    assert call() is sample.options["out"] or all(map(torch.equal, call(), outs))
+    expected = [o.clone() for o in outs]
+    for out in outs:
+        out.fill_(77)
+    versions = [o._version for o in outs]
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "run", lambda *_: pytest.fail("checked again"))
+        call()
+    same(outs, expected)
+    assert all(o._version == v + 1 for o, v in zip(outs, versions, strict=True))
+    with pytest.raises(RuntimeError, match="not differentiable"), torch.enable_grad():
+        sample.call(declared.call)
+    shared = sample.tensors[0].new_empty(max(sample.tensors[0].numel(), outs[0].numel()))
+    sample.tensors[0], outs[0] = (shared.as_strided(t.shape, t.stride()) for t in (sample.tensors[0], outs[0]))
+    sample.options["out"] = tuple(outs) if len(outs) > 1 else outs[0]
+    with pytest.raises(RuntimeError, match="shares memory"):
+        call()
+
+
+@WRITES
+@FROM_2_10
+def test_out_is_written_in_less_than_half_the_time_of_a_checked_call(declared, threads):
+    threads(1)
+    call, _, _ = _with_out(declared)
+
+    def seconds():
+        start = time.perf_counter()
+        for _ in range(20):
+            call()
+        return time.perf_counter() - start
+
+    ratios = []
+    for _ in range(100):
+        repeated = seconds()
+        with _checked():
+            ratios.append(repeated / seconds())
+    assert statistics.median(ratios) <= 0.5
 
 
 @ALL

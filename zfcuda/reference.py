@@ -101,8 +101,7 @@ def max_pool2d(
     ceil_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Oracle of :func:`zfcuda.ops.max_pool2d`."""
-    kernel = _pair(kernel_size)
-    stride, padding, dilation = kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation)
+    kernel, stride, padding, dilation = _pool(kernel_size, stride, padding, dilation)
     size = []
     for n, k, s, p, d in zip(input.shape[2:], kernel, stride, padding, dilation, strict=True):
         # Every window that fits; with ceil_mode the next one too, if it starts before the right padding
@@ -144,8 +143,7 @@ def max_unpool2d(
     overlap: str = "sum",
 ) -> Tensor:
     """Oracle of :func:`zfcuda.ops.max_unpool2d`."""
-    kernel = _pair(kernel_size)
-    stride, padding, dilation = kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation)
+    kernel, stride, padding, dilation = _pool(kernel_size, stride, padding, dilation)
     if output_size is None:
         output_size = [
             (n - 1) * s - 2 * p + d * (k - 1) + 1
@@ -215,8 +213,7 @@ def switches_to_indices(
     dilation: Size = 1,
 ) -> Tensor:
     """Oracle of :func:`zfcuda.ops.switches_to_indices`."""
-    kernel = _pair(kernel_size)
-    stride, padding, dilation = kernel if stride is None else _pair(stride), _pair(padding), _pair(dilation)
+    kernel, stride, padding, dilation = _pool(kernel_size, stride, padding, dilation)
     y, x = (taps.to(switches.device) for taps in _taps(switches.shape[2:], kernel, stride, padding, dilation))
     flat = (y * input_size[-1] + x).flatten(2)
     return flat.expand(*switches.shape, -1).gather(-1, switches.long()[..., None]).squeeze(-1)
@@ -302,6 +299,11 @@ def _windows(origins: Tensor, size: Sequence[int], whole: Sequence[int]) -> tupl
     y = origins[:, 0, None, None] + torch.arange(size[0], device=origins.device)[:, None]
     x = origins[:, 1, None, None] + torch.arange(size[1], device=origins.device)
     return y, x, (y >= 0) & (y < whole[0]) & (x >= 0) & (x < whole[1])
+
+
+def _pool(kernel_size: Size, stride: Size | None, padding: Size, dilation: Size) -> list[tuple[int, int]]:
+    """The arguments of a pool as pairs."""
+    return [_pair(value) for value in (kernel_size, kernel_size if stride is None else stride, padding, dilation)]
 
 
 def _pair(value: Size) -> tuple[int, int]:

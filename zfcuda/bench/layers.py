@@ -15,7 +15,7 @@ from zfcuda.bench.case import FORMATS, Built, Case, Contender, Mode, Outputs, Se
 from zfcuda.bench.operators import pooled_outputs, pooled_reference, switched_outputs, torch_pool
 from zfcuda.bench.rivals import laid_out, ours, runtimes, torch_ways
 from zfcuda.bench.shapes import CONVOLUTIONS, POOLED, Conv
-from zfcuda.ops._conv import conv2d_weight_gradient
+from zfcuda.ops._conv import Filters, conv2d_weight_gradient
 
 
 def cases(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
@@ -125,10 +125,10 @@ def data_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
 
 def weight_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
     grad, x, weight = _gradient_tensors(conv, setting, mode)
-    pairs = [conv.stride] * 2, [conv.padding] * 2, [1, 1], 1
+    filters = Filters([conv.stride] * 2, [conv.padding] * 2, [1, 1], 1)
 
-    def call(image: Tensor, signal: Tensor, filters: Tensor) -> Tensor:
-        return conv2d_weight_gradient(image, signal, None, filters, *pairs, "none", False)[0]
+    def call(image: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
+        return conv2d_weight_gradient(image, signal, None, weight, filters, "none", False)[0]
 
     return Built(
         [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import platform
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -171,8 +171,10 @@ class Record:
     calls: list[_Call] = field(default_factory=list)
     allocated: list[Tensor] = field(default_factory=list)
 
-    def teach(self, memo: Any, key: bytes, arguments: tuple[Any, ...], result: Any) -> None:
-        """Let ``memo`` repeat the call that had ``arguments``.
+    def teach(
+        self, memo: Any, key: bytes, arguments: tuple[Any, ...], result: Any, written: Iterable[Tensor] = ()
+    ) -> None:
+        """Let ``memo`` repeat the call that had ``arguments``, of which it has ``written`` some.
 
         Not if a kernel read, or the call returned, a tensor that is neither an argument nor allocated for it: something
         else computed that, such as a copy into other strides. Nor if a GPU's kernel had to find nothing, which the host
@@ -188,9 +190,12 @@ class Record:
         places = [n - first for t in results if (n := numbers.get(id(t))) is not None and n >= first]
         if not self.calls or not used <= numbers.keys() or len(places) != len(results):
             return
-        if results[0].is_cuda and (any(call.found is not None for call in self.calls) or capturing(results[0])):
+        if not {id(t) for t in written} <= used:
             return
-        prepare = _backend(results[0].device).prepare
+        like = inputs[0]
+        if like.is_cuda and (any(call.found is not None for call in self.calls) or capturing(like)):
+            return
+        prepare = _backend(like.device).prepare
         steps = []
         for call in self.calls:
             slots = tuple(numbers[id(a)] if isinstance(a, Tensor) else a for a in call.arguments)

@@ -26,14 +26,14 @@ def pair(name: str, value: int | Sequence[int]) -> list[int]:
     """
     values: list[Any] = list(value) if isinstance(value, (tuple, list)) else [value]
     values = values * 2 if len(values) == 1 else values
-    if len(values) != 2 or not all(_is_int(v) for v in values):
+    if len(values) != 2 or not all(map(_is_int, values)):
         raise TypeError(f"{name} is {value!r}; it must be an int or two ints (height, width)")
     return values
 
 
 def integers(name: str, value: Sequence[int]) -> list[int]:
     """``value`` as a list if it is a sequence of integers, else TypeError."""
-    if not isinstance(value, (tuple, list)) or not all(_is_int(v) for v in value):
+    if not isinstance(value, (tuple, list)) or not all(map(_is_int, value)):
         raise TypeError(f"{name} is {value!r}; it must be a sequence of ints")
     return list(value)
 
@@ -142,11 +142,6 @@ def memory_format(value: Tensor) -> torch.memory_format:
     return torch.channels_last if outer else torch.contiguous_format  # not outer: expanded over the plane
 
 
-def dense(value: MaybeTensor, layout: torch.memory_format) -> MaybeTensor:
+def dense(value: MaybeTensor, layout: torch.memory_format = torch.contiguous_format) -> MaybeTensor:
     """``value`` in one of the two dense layouts: itself where it has it already."""
     return None if value is None else value.contiguous(memory_format=layout)
-
-
-def empty(like: Tensor, size: Sequence[int], layout: torch.memory_format, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor on the device of ``like``: what the fake and the real operator both return."""
-    return core.empty(size, like, dtype, layout)

@@ -17,10 +17,12 @@ from zfcuda.ops._common import (
     check_at_least,
     check_tensor,
     dense,
-    empty,
+    integer,
     memory_format,
+    pair,
 )
-from zfcuda.ops._register import operator
+from zfcuda.ops._out import Result
+from zfcuda.ops._register import OneResult, TwoResults, operator
 
 
 class Filters(NamedTuple):
@@ -70,6 +72,52 @@ class Filters(NamedTuple):
         """The smallest height and width of an image that has these maps."""
         return [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, k, s, p, d in zip(maps, kernel, *self[:3], strict=True)]
 
+    def transposed(self, maps: Sequence[int], kernel: Sequence[int], image: Sequence[int]) -> Transposed:
+        """The way down from maps to an image of these heights and widths."""
+        rest = [n - r for n, r in zip(image, self.image_size(maps, kernel), strict=True)]
+        return Transposed(self.stride, self.padding, rest, self.groups, self.dilation)
+
+
+class Transposed(NamedTuple):
+    """The arguments of a transposed convolution, in torch's order."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    output_padding: Sequence[int]
+    groups: int
+    dilation: Sequence[int]
+
+    @property
+    def filters(self) -> Filters:
+        """The convolution that it transposes."""
+        return Filters(self.stride, self.padding, self.dilation, self.groups)
+
+
+def filters_of(
+    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], groups: int
+) -> Filters:
+    """What users give for a convolution; TypeError if it is no such thing."""
+    return Filters(
+        pair("stride", stride), pair("padding", padding), pair("dilation", dilation), integer("groups", groups)
+    )
+
+
+def transposed_of(
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
+    groups: int,
+    dilation: int | Sequence[int],
+) -> Transposed:
+    """What users give for a transposed convolution; TypeError if it is no such thing."""
+    return Transposed(
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("output_padding", output_padding),
+        integer("groups", groups),
+        pair("dilation", dilation),
+    )
+
 
 def check_bias(bias: Tensor | None, like: Tensor, channels: int) -> None:
     """Check a bias of one number for each of the result's channels."""
@@ -80,6 +128,11 @@ def check_bias(bias: Tensor | None, like: Tensor, channels: int) -> None:
         raise RuntimeError(f"bias has shape {tuple(bias.shape)}; it must be ({channels},), one for each output channel")
 
 
+def convolved(image: Tensor, weight: Tensor, maps_size: Sequence[int]) -> Result:
+    """The maps of this height and width, in the image's memory format."""
+    return Result(image, [image.size(0), weight.size(0), *maps_size], memory_format(image))
+
+
 def convolve(
     image: Tensor,
     weight: Tensor,
@@ -87,18 +140,15 @@ def convolve(
     forward: Tensor | None,
     filters: Filters,
     gate: str,
-    maps_size: Sequence[int],
-) -> Tensor:
-    """``conv2d`` of csrc/ops.h in the image's memory format."""
-    layout = memory_format(image)
-    maps = empty(image, [image.size(0), weight.size(0), *maps_size], layout)
+    maps: Tensor,
+) -> None:
+    """``conv2d`` of csrc/ops.h into maps of the image's memory format."""
     if maps.numel():
-        fixed = weight.contiguous(), None if bias is None else bias.contiguous()
+        layout, fixed = memory_format(image), (dense(weight), dense(bias))
         for images, gates, part in in_parts(maps, weight, dense(image, layout), dense(forward, layout), maps):
             where = filters.shape(images.shape, part.shape, weight, layout), core.DTYPES[image.dtype]
             scratch = core.workspace("conv2d", image, *where)
             core.run("conv2d", image, *where, core.GATES[gate], images, *fixed, gates, part, scratch)
-    return maps
 
 
 #: Multiplications of one call of the CPU's core, about a second's: between two calls Python looks for Ctrl-C.
@@ -122,30 +172,12 @@ def conv2d_gated(
     weight: Tensor,
     bias: Tensor | None,
     forward: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    filters: Filters,
     maps_size: Sequence[int],
-) -> Tensor:
+) -> OneResult:
     """Convolution, zero where ``forward <= 0``: the gradient of ``deconv2d`` by its signal."""
-    gate = "none" if forward is None else "backprop"
-    return convolve(image, weight, bias, forward, Filters(stride, padding, dilation, groups), gate, maps_size)
-
-
-@conv2d_gated.register_fake
-def _(
-    image: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    forward: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    maps_size: Sequence[int],
-) -> Tensor:
-    return empty(image, [image.size(0), weight.size(0), *maps_size], memory_format(image))
+    maps = yield convolved(image, weight, maps_size)
+    convolve(image, weight, bias, forward, filters, "none" if forward is None else "backprop", maps)
 
 
 @operator("conv2d_weight_gradient")
@@ -154,45 +186,22 @@ def conv2d_weight_gradient(
     signal: Tensor,
     forward: Tensor | None,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    filters: Filters,
     gate: str,
     with_bias: bool,
-) -> tuple[Tensor, Tensor]:
+) -> TwoResults:
     """Gradients by weight, with the weight's strides, and by bias (empty unless ``with_bias``)."""
-    allocate = torch.empty if signal.numel() else torch.zeros
-    grad_weight = allocate(weight.shape, dtype=weight.dtype, device=weight.device)
-    grad_bias = allocate(signal.size(1) if with_bias else 0, dtype=weight.dtype, device=weight.device)
-    if signal.numel():
-        layout = memory_format(image)
-        filters = Filters(stride, padding, dilation, groups)
-        where = filters.shape(image.shape, signal.shape, weight, layout), core.DTYPES[image.dtype]
-        scratch = core.workspace("conv2d_weight_gradient", image, *where)
-        tensors = dense(image, layout), dense(signal, layout), dense(forward, layout)
-        results = grad_weight, grad_bias if with_bias else None
-        core.run("conv2d_weight_gradient", image, *where, core.GATES[gate], *tensors, *results, scratch)
-    return like_weight(grad_weight, weight), grad_bias
-
-
-def like_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """A contiguous gradient with the weight's strides."""
-    strided = torch.empty_like(weight)
-    return gradient if strided.stride() == gradient.stride() else strided.copy_(gradient)
-
-
-@conv2d_weight_gradient.register_fake
-def _(
-    image: Tensor,
-    signal: Tensor,
-    forward: Tensor | None,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    gate: str,
-    with_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), weight.new_empty(signal.size(1) if with_bias else 0)
+    bias = Result(weight, [signal.size(1) if with_bias else 0])
+    grad_weight, grad_bias = yield Result(weight, weight.shape, torch.preserve_format), bias
+    if not signal.numel():
+        grad_weight.zero_()
+        grad_bias.zero_()
+        return
+    layout = memory_format(image)
+    where = filters.shape(image.shape, signal.shape, weight, layout), core.DTYPES[image.dtype]
+    scratch = core.workspace("conv2d_weight_gradient", image, *where)
+    tensors = dense(image, layout), dense(signal, layout), dense(forward, layout)
+    written = dense(grad_weight)
+    results = written, grad_bias if with_bias else None
+    core.run("conv2d_weight_gradient", image, *where, core.GATES[gate], *tensors, *results, scratch)
+    grad_weight.copy_(written)  # nothing, where it is contiguous itself

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from zfcuda.ops._common import (
     check_tensor,
     dense,
     memory_format,
+    pair,
 )
+from zfcuda.ops._out import Result
 
 
 class Window(NamedTuple):
@@ -72,19 +74,47 @@ class Window(NamedTuple):
                     f"would step over all of {name} of height and width {tuple(size)}: reduce either"
                 )
 
-    def pooled_shape(self, input: Tensor, ceil_mode: bool) -> list[int]:
-        """The whole shape of the pool of ``input``; RuntimeError unless there is one."""
-        check_tensor("input", input)
-        self.check()
-        self.check_input("input", input.shape[2:], ceil_mode)
-        return [*input.shape[:2], *self.pooled_size(input.shape[2:], ceil_mode)]
-
     def shape(
         self, input_size: Sequence[int], pooled_size: Sequence[int], layout: torch.memory_format
     ) -> tuple[int, ...]:
         """PoolShape of csrc/shapes.h."""
         last = int(layout == torch.channels_last)
         return (*input_size, *pooled_size[-2:], *self.kernel_size, *self.stride, *self.padding, *self.dilation, last)
+
+
+#: Beside the arguments of a convolution those of a pool have names of their own.
+PoolWindow = Annotated[Window, "pool_"]
+
+
+def window_of(
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    prefix: str = "",
+) -> Window:
+    """What users give for a pool, by names that begin with ``prefix``; TypeError if it is no such thing."""
+    kernel = pair(f"{prefix}kernel_size", kernel_size)
+    return Window(
+        kernel,
+        kernel if stride is None else pair(f"{prefix}stride", stride),
+        pair(f"{prefix}padding", padding),
+        pair(f"{prefix}dilation", dilation),
+    )
+
+
+def pooled(input: Tensor, size: Sequence[int]) -> tuple[Result, Result]:
+    """Maxima and switches of this whole size, in the memory format of ``input``."""
+    layout = memory_format(input)
+    return Result(input, size, layout), Result(input, size, layout, torch.uint8)
+
+
+def pooled_input(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Result, Result]:
+    """Maxima and switches of ``input`` itself, after every check."""
+    check_tensor("input", input)
+    window.check()
+    window.check_input("input", input.shape[2:], ceil_mode)
+    return pooled(input, [*input.shape[:2], *window.pooled_size(input.shape[2:], ceil_mode)])
 
 
 def pool(input: Tensor, window: Window, relu: bool, output: Tensor, switches: Tensor) -> None:

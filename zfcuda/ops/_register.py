@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from zfcuda import core
 from zfcuda.ops._arrays import on_arrays
+from zfcuda.ops._out import Result, check_apart, meeting, outputs, refuse_gradients
+from zfcuda.ops._signature import Signature
 
 NAMESPACE = "zfcuda"
 
@@ -30,6 +32,12 @@ NAMESPACE = "zfcuda"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: What an implementation returns: a generator that yields once.
+OneResult = Generator[Result, Tensor, None]
+TwoResults = Generator[tuple[Result, Result], tuple[Tensor, Tensor], None]
+NoResult = Generator[None, None, None]
+_RETURNS = {OneResult: Tensor, TwoResults: tuple[Tensor, Tensor], NoResult: None}
 
 
 class Operator:
@@ -40,7 +48,9 @@ class Operator:
     name
         In ``torch.ops.zfcuda`` and in profiles.
     implementation
-        What runs on dense tensors of the CPU or of CUDA; its type hints are the schema.
+        A generator that checks its arguments, yields what its results will be, is sent tensors for them, and writes
+        these: dense ones of the CPU or of CUDA. For tensors without data it is left at its yield. Its type hints are
+        the schema, but for its NamedTuples (:class:`Signature`), which calls, contexts and tangents have too.
     batched
         Names of the tensors whose first dimension is the batch, if it is also the first dimension of every result
         and images do not meet: vmap then adds its dimension to the batch. Otherwise it calls the operator in a loop.
@@ -50,23 +60,32 @@ class Operator:
     """
 
     def __init__(
-        self, name: str, implementation: Callable[..., Any], batched: Sequence[str] = (), mutates: Sequence[str] = ()
+        self,
+        name: str,
+        implementation: Callable[..., Generator[Any, Any, None]],
+        batched: Sequence[str] = (),
+        mutates: Sequence[str] = (),
     ) -> None:
-        schema = torch.library.infer_schema(implementation, mutates_args=tuple(mutates))
+        self._implementation, self._signature = implementation, Signature(implementation)
+        schema = self._signature.schema(_RETURNS[self._signature.returns], mutates)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        self.name = f"{NAMESPACE}::{name}"
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        self._name, self.name = name, f"{NAMESPACE}::{name}"
+        _LIBRARY.impl(name, self._compute, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, self._autograd, "Autograd", with_keyset=True)
+        torch.library.register_fake(self.name, lambda *args: _allocated(next(self._begun(args))), lib=_LIBRARY)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
         self._function: Any = None
-        names = inspect.signature(implementation).parameters
-        self._batched, self._mutated = ([n in some for n in names] for some in (batched, mutates))
+        self._writing: Operator | None = None
+        self._batched, self._mutated = ([n in some for n in self._signature.names] for some in (batched, mutates))
         if mutates:
             _LIBRARY.impl(name, self._count_writes, "ADInplaceOrView", with_keyset=True)
         else:
             torch.library.register_vmap(self.name, functools.partial(self._vmap, self.overload), lib=_LIBRARY)
 
     def __call__(self, *args: Any) -> Any:
+        return self._call(*self._signature.flat(args))
+
+    def _call(self, *args: Any) -> Any:
         if (
             not is_dynamo_compiling()
             and (_functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
@@ -75,10 +94,47 @@ class Operator:
             return self._function.apply(*args)
         return self.overload(*args)
 
-    def register_fake(self, fake: Function) -> Function:
-        """``fake`` gives tensors of the results' sizes, dtypes and strides for tensors without data."""
-        torch.library.register_fake(self.name, fake, lib=_LIBRARY)
-        return fake
+    def _begun(self, args: Sequence[Any]) -> Generator[Any, Any, None]:
+        return self._implementation(*self._signature.grouped(args))
+
+    def _compute(self, *args: Any) -> Any:
+        work = self._begun(args)
+        results = _allocated(next(work))
+        _finish(work, results)
+        return results
+
+    def register_out(self, *names: str, **constants: Any) -> None:
+        """Register NAME_out, which :meth:`into` calls: it writes into tensors of these ``names``, its last arguments.
+
+        ``constants`` are the last arguments of this operator, and none of the other's.
+        """
+        count = len(self._signature.parameters) - len(constants)
+        parameters = self._signature.parameters[:count]
+        labels = ["out"] if len(names) == 1 else [f"out[{n}]" for n in range(len(names))]
+
+        def write(*args: Any) -> NoResult:
+            given, outs = args[:count], args[count:]
+            work = self._implementation(*given, **constants)
+            wanted = next(work)
+            for label, out, result in zip(labels, outs, wanted if len(outs) > 1 else [wanted], strict=True):
+                result.check(label, out)
+            yield
+            inputs = {p.name: a for p, a in zip(parameters, given, strict=True) if isinstance(a, Tensor)}
+            check_apart(dict(zip(labels, outs, strict=True)), inputs)
+            _finish(work, outs if len(outs) > 1 else outs[0])
+
+        written = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for n in names]
+        signature = inspect.Signature([*parameters, *written], return_annotation=NoResult)
+        write.__signature__ = signature  # type: ignore[attr-defined]
+        self._writing = Operator(f"{self._name}_out", write, mutates=names)
+
+    def into(self, out: Any, *args: Any) -> Any:
+        """``out``, a tensor or a tuple of them, after the results for these arguments have been written into it."""
+        assert self._writing is not None
+        tensors = outputs(out, sum(self._writing._mutated))
+        refuse_gradients(self._name, *(a for a in args if isinstance(a, Tensor)), *tensors)
+        self._writing(*args, *tensors)
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
     def register_autograd(
         self,
@@ -88,21 +144,24 @@ class Operator:
     ) -> None:
         """As ``torch.library.register_autograd``, whose gradients torch.func refuses, and with a forward mode.
 
-        ``backward`` gets None for a result that nothing depends on, unless there is no other. ``tangent(inputs,
-        results, tangents)`` gives the tangents of the results for those of the inputs; None is zero.
+        ``backward`` gets None for a result that nothing depends on, unless there is no other; what it returns may end
+        at the last gradient. ``tangent(inputs, results, tangents)`` gives the tangents of the results for those of the
+        inputs, one for each argument of the schema; None is zero.
         """
 
         def prepare(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.set_materialize_grads(False)
             if setup_context:
-                setup_context(ctx, inputs, output)
+                setup_context(ctx, self._signature.grouped(inputs), output)
             if tangent and forward_ad._current_level >= 0:
                 values, ctx.structure = pytree.tree_flatten((inputs, output))
                 ctx.save_for_forward(*(v if isinstance(v, Tensor) else None for v in values))
                 ctx.constants_of_tangent = [None if isinstance(v, Tensor) else v for v in values]
 
         def pull_back(ctx: Any, *grads: Any) -> Any:
-            return (None,) * len(ctx.needs_input_grad) if all(g is None for g in grads) else backward(ctx, *grads)
+            given = () if all(g is None for g in grads) else backward(ctx, *grads)
+            given = given if isinstance(given, tuple) else (given,)
+            return *given, *(None,) * (len(ctx.needs_input_grad) - len(given))
 
         def push_forward(ctx: Any, *tangents: Any) -> Any:
             if tangent is None:
@@ -112,14 +171,15 @@ class Operator:
                 primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
                 values = [c if t is None else t for c, t in zip(ctx.constants_of_tangent, primals, strict=True)]
                 inputs, results = pytree.tree_unflatten(values, ctx.structure)
-                return pytree.tree_map(_or_zero, tangent(inputs, results, tangents), results)
+                moved = tangent(self._signature.grouped(inputs), results, tangents)
+                return pytree.tree_map(_or_zero, moved, results)
 
-        methods = {
-            "forward": self.overload,
+        methods: dict[str, Callable[..., Any]] = {
+            "forward": self._below_autograd,
             "setup_context": prepare,
             "backward": pull_back,
             "jvp": push_forward,
-            "vmap": functools.partial(self._vmap, self),
+            "vmap": functools.partial(self._vmap, self._call),
         }
         names = {name: staticmethod(method) for name, method in methods.items()}
         self._function = type(self.name.replace("::", "_"), (torch.autograd.Function,), names)
@@ -139,6 +199,10 @@ class Operator:
             return self._function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
 
     def _count_writes(self, keyset: Any, *args: Any) -> Any:
         """Kernels write memory that torch does not see them write."""
@@ -171,6 +235,20 @@ class Operator:
         return results, pytree.tree_map(lambda _: 0, results)
 
 
+def _allocated(wanted: Result | tuple[Result, ...] | None) -> Any:
+    if isinstance(wanted, tuple):
+        return tuple(map(Result.allocate, wanted))
+    return wanted and wanted.allocate()
+
+
+def _finish(work: Generator[Any, Any, None], results: Any) -> None:
+    try:
+        work.send(results)
+    except StopIteration:
+        return
+    raise AssertionError("an implementation yields once")
+
+
 def _or_zero(tangent: Tensor | None, result: Tensor) -> Tensor | None:
     """A tangent that torch takes: None is for integers alone."""
     return torch.zeros_like(result) if tangent is None and result.is_floating_point() else tangent
@@ -178,7 +256,7 @@ def _or_zero(tangent: Tensor | None, result: Tensor) -> Tensor | None:
 
 def operator(
     name: str, batched: Sequence[str] = (), mutates: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Operator]:
+) -> Callable[[Callable[..., Generator[Any, Any, None]]], Operator]:
     """Decorator: :class:`Operator` of the decorated implementation."""
     return lambda implementation: Operator(name, implementation, batched, mutates)
 
@@ -242,6 +320,8 @@ def entry(
         def call(*args: Any, **kwargs: Any) -> Any:
             if recall is None or is_dynamo_compiling():
                 return ordinary(args, kwargs)
+            if kwargs.get("out") is not None:
+                return _written(memo, ordinary, args, kwargs)
             known = recall(*args, **kwargs)
             return _first_time(memo, ordinary, args, kwargs) if known is None else known
 
@@ -261,9 +341,9 @@ def entry(
 
         @functools.wraps(function)
         def batched(*args: Any, **kwargs: Any) -> Any:
-            given = [*zip(names, args, strict=False), *kwargs.items()]
+            given = [*zip(names[: len(args)], args, strict=False), *kwargs.items()]  # torch 2.6 traces no uneven zip
             those = [value for name, value in given if name in images and value is not None]
-            single = bool(those) and all(isinstance(v, Tensor) and v.dim() == 3 for v in those)
+            single = len(those) > 0 and all(isinstance(v, Tensor) and v.dim() == 3 for v in those)
             if not single or len(args) > len(names):
                 return function(*args, **kwargs)
             to = functools.partial(_batch_of_one, images, whole)
@@ -299,4 +379,25 @@ def _first_time(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], 
     with core.recording() as record:
         result = function(args, kwargs)
     record.teach(memo, key, (*args, *kwargs.values()), result)
+    return result
+
+
+def _written(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call with ``out``, or let the memo repeat it, for which tensors to be written are arguments like others.
+
+    It does not see whether they share memory, nor does torch see that they are written.
+    """
+    out = kwargs["out"]
+    outs = {f"out[{n}]": value for n, value in enumerate(out if isinstance(out, (tuple, list)) else [out])}
+    rest = {name: value for name, value in kwargs.items() if name != "out"}
+    key = memo.key(*args, **rest, **outs)
+    if key is None or not all(isinstance(value, Tensor) for value in outs.values()):
+        return function(args, kwargs)
+    inputs = {str(n): a for n, a in enumerate((*args, *rest.values())) if isinstance(a, Tensor)}
+    if not meeting(outs, inputs) and memo.recall(*args, **rest, **outs) is not None:
+        torch.autograd.graph.increment_version(outs.values())
+        return out if isinstance(out, Tensor) else tuple(out)
+    with core.recording() as record:
+        result = function(args, kwargs)
+    record.teach(memo, key, (*args, *rest.values(), *outs.values()), (), outs.values())
     return result

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from zfcuda.ops._common import dense, empty, integer, memory_format, option, pair, tensor
-from zfcuda.ops._conv import Filters, check_bias, convolve
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._common import dense, memory_format, option, pair, tensor
+from zfcuda.ops._conv import Filters, check_bias, convolve, convolved, filters_of
+from zfcuda.ops._register import OneResult, entry, operator
 from zfcuda.ops.deconv2d import convolution_backward, convolution_tangent
 
 __all__ = ["conv2d_relu"]
@@ -61,15 +61,8 @@ def conv2d_relu(
     0 at 0 and passes at NaN.
     """
     input, padding = padded(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
-    return _conv2d_relu(
-        input,
-        weight,
-        tensor("bias", bias, optional=True),
-        pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-        integer("groups", groups),
-    )
+    filters = filters_of(stride, padding, dilation, groups)
+    return _conv2d_relu(input, weight, tensor("bias", bias, optional=True), filters)
 
 
 def padded(
@@ -110,53 +103,26 @@ def check(input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters) 
 
 
 @operator("conv2d_relu", batched=("input",))
-def _conv2d_relu(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    filters = Filters(stride, padding, dilation, groups)
-    size = check(input, weight, bias, filters)
-    return convolve(input, weight, bias, None, filters, "deconvnet", size)
+def _conv2d_relu(input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters) -> OneResult:
+    maps = yield convolved(input, weight, check(input, weight, bias, filters))
+    convolve(input, weight, bias, None, filters, "deconvnet", maps)
 
 
-@_conv2d_relu.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    size = check(input, weight, bias, Filters(stride, padding, dilation, groups))
-    return empty(input, [input.size(0), weight.size(0), *size], memory_format(input))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _, *filters = inputs
-    ctx.filters = Filters(*filters)
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    input, weight, _, ctx.filters = inputs
     ctx.input_size = input.shape[2:]
     ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, output)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
-    grad = dense(grad, memory_format(output))
-    gradients = convolution_backward(
-        grad, input, weight, output.detach(), ctx.input_size, ctx.filters, ctx.needs_input_grad[:3]
-    )
-    return *gradients, None, None, None, None
+    grad, needs = dense(grad, memory_format(output)), ctx.needs_input_grad[:3]
+    return convolution_backward(grad, input, weight, output.detach(), ctx.input_size, ctx.filters, needs)
 
 
-def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
-    image, weight, _, *filters = inputs
-    return convolution_tangent(image, weight, output.detach(), Filters(*filters), output.shape, tangents)
+def _tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor | None:
+    image, weight, _, filters = inputs
+    return convolution_tangent(image, weight, output.detach(), filters, output.shape, tangents)
 
 
 _conv2d_relu.register_autograd(_backward, _setup_context, _tangent)

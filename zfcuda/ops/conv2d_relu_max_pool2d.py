@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import dense, empty, flag, integer, memory_format, pair, tensor
-from zfcuda.ops._conv import Filters
-from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
-from zfcuda.ops._pool import Window
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._common import dense, flag, memory_format, tensor
+from zfcuda.ops._conv import Filters, filters_of
+from zfcuda.ops._pool import PoolWindow, pooled, window_of
+from zfcuda.ops._register import TwoResults, entry, operator
 from zfcuda.ops.conv2d_relu import check, padded
 from zfcuda.ops.deconv2d import convolution_tangent
 from zfcuda.ops.max_unpool2d import gather
-from zfcuda.ops.unpool_relu_deconv2d import deconvolve_unpooled, unpooled_weight_gradient
+from zfcuda.ops.unpool_relu_deconv2d import unpool_deconvolve, unpooled_weight_gradient
 
 __all__ = ["conv2d_relu_max_pool2d"]
 
@@ -86,58 +84,16 @@ def conv2d_relu_max_pool2d(
     equal but for rounding, the switch may differ from that of a convolution that adds in another order, torch's
     for one.
     """
-    kernel = pair("pool_kernel_size", pool_kernel_size)
     input, padding = padded(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
     arguments = (
         input,
         weight,
         tensor("bias", bias, optional=True),
-        pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-        integer("groups", groups),
-        kernel,
-        kernel if pool_stride is None else pair("pool_stride", pool_stride),
-        pair("pool_padding", pool_padding),
-        pair("pool_dilation", pool_dilation),
+        filters_of(stride, padding, dilation, groups),
+        window_of(pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_"),
         flag("pool_ceil_mode", pool_ceil_mode),
     )
-    if out is None:
-        return _conv2d_relu_max_pool2d(*arguments)
-    output, switches = outputs(out, 2)
-    refuse_gradients("conv2d_relu_max_pool2d", input, weight, bias, output)
-    _conv2d_relu_max_pool2d_out(*arguments, output, switches)
-    return output, switches
-
-
-def _sizes(
-    input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters, window: Window, ceil_mode: bool
-) -> tuple[list[int], list[int]]:
-    """The whole shapes of the maps and of their pool, after every check."""
-    maps = check(input, weight, bias, filters)
-    window.check("pool_")
-    window.check_input("the maps", maps, ceil_mode, "pool_")
-    head = [input.size(0), weight.size(0)]
-    return [*head, *maps], [*head, *window.pooled_size(maps, ceil_mode)]
-
-
-def _run(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    filters: Filters,
-    window: Window,
-    maps: Sequence[int],
-    output: Tensor,
-    switches: Tensor,
-) -> None:
-    if output.numel():
-        layout = memory_format(input)
-        shapes = filters.shape(input.shape, maps, weight, layout), window.shape(maps, output.shape, layout)
-        where = *shapes, core.DTYPES[input.dtype]
-        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where)
-        tensors = dense(input, layout), weight.contiguous(), None if bias is None else bias.contiguous()
-        core.run("conv2d_relu_max_pool2d", input, *where, *tensors, output, switches, scratch)
+    return _conv2d_relu_max_pool2d(*arguments) if out is None else _conv2d_relu_max_pool2d.into(out, *arguments)
 
 
 @operator("conv2d_relu_max_pool2d", batched=("input",))
@@ -145,133 +101,60 @@ def _conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
+    filters: Filters,
+    window: PoolWindow,
     pool_ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    filters = Filters(stride, padding, dilation, groups)
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    maps, size = _sizes(input, weight, bias, filters, window, pool_ceil_mode)
-    layout = memory_format(input)
-    output, switches = empty(input, size, layout), empty(input, size, layout, torch.uint8)
-    _run(input, weight, bias, filters, window, maps, output, switches)
-    return output, switches
+) -> TwoResults:
+    size = check(input, weight, bias, filters)
+    window.check("pool_")
+    window.check_input("the maps", size, pool_ceil_mode, "pool_")
+    head = [input.size(0), weight.size(0)]
+    output, switches = yield pooled(input, [*head, *window.pooled_size(size, pool_ceil_mode)])
+    if output.numel():
+        maps, layout = [*head, *size], memory_format(input)
+        shapes = filters.shape(input.shape, maps, weight, layout), window.shape(maps, output.shape, layout)
+        where = *shapes, core.DTYPES[input.dtype]
+        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where)
+        tensors = dense(input, layout), dense(weight), dense(bias), output, switches, scratch
+        core.run("conv2d_relu_max_pool2d", input, *where, *tensors)
 
 
-@_conv2d_relu_max_pool2d.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    pool_ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    _, size = _sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
-    layout = memory_format(input)
-    return empty(input, size, layout), empty(input, size, layout, torch.uint8)
-
-
-@operator("conv2d_relu_max_pool2d_out", mutates=("output", "switches"))
-def _conv2d_relu_max_pool2d_out(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    pool_ceil_mode: bool,
-    output: Tensor,
-    switches: Tensor,
-) -> None:
-    filters = Filters(stride, padding, dilation, groups)
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    maps, size = _sizes(input, weight, bias, filters, window, pool_ceil_mode)
-    check_pooled_out(output, switches, input, size, memory_format(input))
-    check_apart({"out[0]": output, "out[1]": switches}, {"input": input, "weight": weight, "bias": bias})
-    _run(input, weight, bias, filters, window, maps, output, switches)
-
-
-@_conv2d_relu_max_pool2d_out.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    pool_ceil_mode: bool,
-    output: Tensor,
-    switches: Tensor,
-) -> None:
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    _, size = _sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
-    check_pooled_out(output, switches, input, size, memory_format(input))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, weight, _, *rest = inputs
-    ctx.filters, ctx.window = Filters(*rest[:4]), Window(*rest[4:8])
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, _, ctx.filters, ctx.window, _ = inputs
     ctx.input_size = input.shape[2:]
     ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *output)
-    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_output is None:
-        return (None,) * 12
+def _backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
     input, weight, output, switches = ctx.saved_tensors
-    filters, window, layout = ctx.filters, ctx.window, memory_format(switches)
+    filters, window = ctx.filters, ctx.window
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     maps_size = filters.maps_size(ctx.input_size, weight.shape[2:])
     # What the rectifier lets pass can be told from the maxima: the gradient reaches nothing else.
-    grad, opened = dense(grad_output, layout), output.detach()
+    grad, opened = dense(grad_output, memory_format(switches)), output.detach()
     grad_input = grad_weight = grad_bias = None
+    rest = maps_size, False, "backprop"
     if needs_input:
-        size = ctx.input_size, maps_size
-        grad_input = deconvolve_unpooled(grad, switches, weight, filters, window, *size, False, "backprop", opened)
+        slide = filters.transposed(maps_size, weight.shape[2:], ctx.input_size)
+        grad_input = unpool_deconvolve(grad, switches, weight, None, slide, window, *rest, opened, False)
     if needs_weight:
-        slides = *filters, *window, maps_size
-        grad_weight = unpooled_weight_gradient(input, grad, switches, opened, weight, *slides, False, "backprop")
+        grad_weight = unpooled_weight_gradient(input, grad, switches, opened, weight, filters, window, *rest)
     if needs_bias:
         grad_bias = grad.masked_fill(opened <= 0, 0).sum((0, 2, 3))
-    return grad_input, grad_weight, grad_bias, *(None,) * 9
+    return grad_input, grad_weight, grad_bias
 
 
 def _tangent(
-    inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]
+    inputs: Sequence[Any], results: tuple[Tensor, Tensor], tangents: Sequence[Any]
 ) -> tuple[Tensor | None, None]:
-    image, weight, _, *rest, _ = inputs
+    image, weight, _, filters, window, _ = inputs
     output, switches = results
-    filters, window = Filters(*rest[:4]), rest[4:]
     size = [*output.shape[:2], *filters.maps_size(image.shape[2:], weight.shape[2:])]
     maps = convolution_tangent(image, weight, None, filters, size, tangents)
     if maps is None:
         return None, None
-    return gather(maps, switches, *window, False, False).masked_fill(output.detach() <= 0, 0), None
+    return gather(maps, switches, window, False, False).masked_fill(output.detach() <= 0, 0), None
 
 
 _conv2d_relu_max_pool2d.register_autograd(_backward, _setup_context, _tangent)
+_conv2d_relu_max_pool2d.register_out("output", "switches")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import check_device, check_shape, integer, pair, tensor
-from zfcuda.ops._register import entry, not_differentiable, operator
+from zfcuda.ops._out import Result
+from zfcuda.ops._register import OneResult, entry, not_differentiable, operator
 
 __all__ = ["crop_windows"]
 
@@ -89,19 +90,13 @@ def _check_images(images: Tensor, count: int) -> None:
 
 
 @operator("crop_windows")
-def _crop(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], fill: int) -> Tensor:
-    windows = torch.empty(_check(input, images, origins, size), dtype=input.dtype, device=input.device)
+def _crop(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], fill: int) -> OneResult:
+    windows = yield Result(input, _check(input, images, origins, size))
     if windows.numel():
         _check_images(images, len(input))
         pixel = input.size(3) * input.element_size()
         shape = (*input.shape[:3], pixel, *windows.shape[:3], fill)
         core.run("crop_windows", input, shape, input.contiguous(), images.contiguous(), origins.contiguous(), windows)
-    return windows
-
-
-@_crop.register_fake
-def _(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], fill: int) -> Tensor:
-    return torch.empty(_check(input, images, origins, size), dtype=input.dtype, device=input.device)
 
 
 not_differentiable(_crop, "crop_windows", "index the input to differentiate by it")

@@ -13,15 +13,21 @@ from zfcuda.ops._common import (
     check_shape,
     check_tensor,
     dense,
-    empty,
-    integer,
     memory_format,
     option,
-    pair,
     tensor,
 )
-from zfcuda.ops._conv import Filters, check_bias, conv2d_gated, conv2d_weight_gradient, in_parts
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._conv import (
+    Filters,
+    Transposed,
+    check_bias,
+    conv2d_gated,
+    conv2d_weight_gradient,
+    in_parts,
+    transposed_of,
+)
+from zfcuda.ops._out import Result
+from zfcuda.ops._register import OneResult, entry, operator
 
 __all__ = ["deconv2d"]
 
@@ -84,25 +90,15 @@ def deconv2d(
         tensor("signal", signal),
         tensor("weight", weight),
         tensor("bias", bias, optional=True),
-        pair("stride", stride),
-        pair("padding", padding),
-        pair("output_padding", output_padding),
-        integer("groups", groups),
-        pair("dilation", dilation),
+        transposed_of(stride, padding, output_padding, groups, dilation),
         option("gate", gate, tuple(core.GATES)),
         tensor("forward", forward, optional=True),
     )
 
 
-def deconvolved_size(
-    signal: Tensor,
-    maps: Sequence[int],
-    weight: Tensor,
-    bias: Tensor | None,
-    filters: Filters,
-    output_padding: Sequence[int],
-) -> list[int]:
-    """The whole shape of the result for maps of the shape ``maps``, which the signal is or unpools to."""
+def deconvolved(signal: Tensor, maps: Sequence[int], weight: Tensor, bias: Tensor | None, slide: Transposed) -> Result:
+    """The image for maps of the whole shape ``maps``, which the signal has or unpools to, after every check."""
+    filters, output_padding = slide.filters, slide.output_padding
     filters.check("signal", signal, weight, rows=True)
     channels = weight.size(1) * filters.groups
     check_bias(bias, signal, channels)
@@ -119,7 +115,7 @@ def deconvolved_size(
             f"padding is {tuple(filters.padding)}; it leaves an output of height and width {tuple(size)} for maps "
             f"of shape {tuple(maps)} and a weight of shape {tuple(weight.shape)}: reduce it"
         )
-    return [signal.size(0), channels, *size]
+    return Result(signal, [signal.size(0), channels, *size], memory_format(signal))
 
 
 def check_forward(signal: Tensor, gate: str, forward: Tensor | None, what: str) -> None:
@@ -134,63 +130,19 @@ def check_forward(signal: Tensor, gate: str, forward: Tensor | None, what: str) 
         check_shape("forward", forward, signal.shape, f"the signal's shape: it is {what}")
 
 
-def _check(
-    signal: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    filters: Filters,
-    output_padding: Sequence[int],
-    gate: str,
-    forward: Tensor | None,
-) -> list[int]:
-    """The whole shape of the result."""
-    size = deconvolved_size(signal, signal.shape, weight, bias, filters, output_padding)
-    check_forward(signal, gate, forward, "the rectifier's output")
-    return size
-
-
 @operator("deconv2d", batched=("signal", "forward"))
 def deconvolve(
-    signal: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    gate: str,
-    forward: Tensor | None,
-) -> Tensor:
-    filters = Filters(stride, padding, dilation, groups)
-    size = _check(signal, weight, bias, filters, output_padding, gate, forward)
-    layout = memory_format(signal)
-    image = empty(signal, size, layout)
+    signal: Tensor, weight: Tensor, bias: Tensor | None, slide: Transposed, gate: str, forward: Tensor | None
+) -> OneResult:
+    wanted = deconvolved(signal, signal.shape, weight, bias, slide)
+    check_forward(signal, gate, forward, "the rectifier's output")
+    image = yield wanted
     if image.numel():
-        fixed = weight.contiguous(), None if bias is None else bias.contiguous()
+        layout, fixed, filters = memory_format(signal), (dense(weight), dense(bias)), slide.filters
         for maps, gates, part in in_parts(signal, weight, dense(signal, layout), dense(forward, layout), image):
             where = filters.shape(part.shape, maps.shape, weight, layout), core.DTYPES[signal.dtype]
             scratch = core.workspace("deconv2d", signal, *where)
             core.run("deconv2d", signal, *where, core.GATES[gate], maps, gates, *fixed, part, scratch)
-    return image
-
-
-@deconvolve.register_fake
-def _(
-    signal: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    gate: str,
-    forward: Tensor | None,
-) -> Tensor:
-    filters = Filters(stride, padding, dilation, groups)
-    size = _check(signal, weight, bias, filters, output_padding, gate, forward)
-    return empty(signal, size, memory_format(signal))
 
 
 # ---------------------------------------------------------------- derivatives
@@ -215,7 +167,7 @@ def convolution_backward(
     if needs_image:
         grad_image = _to_image(grad, weight, image_size, filters, gate, forward)
     if needs_weight:
-        grad_weight, sums = conv2d_weight_gradient(image, grad, forward, weight, *filters, gate, needs_bias)
+        grad_weight, sums = conv2d_weight_gradient(image, grad, forward, weight, filters, gate, needs_bias)
         grad_bias = sums if needs_bias else None
     elif needs_bias:
         grad_bias = (grad if forward is None else grad.masked_fill(forward <= 0, 0)).sum((0, 2, 3))
@@ -226,10 +178,8 @@ def _to_image(
     signal: Tensor, weight: Tensor, size: Sequence[int], filters: Filters, gate: str, forward: Tensor | None
 ) -> Tensor:
     """The deconvolution whose result has this height and width."""
-    reached = filters.image_size(signal.shape[2:], weight.shape[2:])
-    rest = [n - r for n, r in zip(size, reached, strict=True)]
-    stride, padding, dilation, groups = filters
-    return deconvolve(signal, weight, None, stride, padding, rest, groups, dilation, gate, forward)
+    slide = filters.transposed(signal.shape[2:], weight.shape[2:], size)
+    return deconvolve(signal, weight, None, slide, gate, forward)
 
 
 def _opened(gate: str, signal: Tensor | None, forward: Tensor | None) -> Tensor | None:
@@ -244,9 +194,9 @@ def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.detach() for t in tensors]
 
 
-def _deconv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    signal, weight, _, stride, padding, _, groups, dilation, gate, forward = inputs
-    ctx.filters, ctx.gate = Filters(stride, padding, dilation, groups), gate
+def _deconv_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    signal, weight, _, slide, gate, forward = inputs
+    ctx.filters, ctx.gate = slide.filters, gate
     ctx.signal_size, ctx.layout = signal.shape[2:], memory_format(output)
     needed = ctx.needs_input_grad[1] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, weight, forward)
@@ -259,29 +209,29 @@ def _deconv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_signal = grad_weight = grad_bias = None
     if needs_signal:
         opened = _opened(ctx.gate, *_detached(signal, forward))
-        grad_signal = conv2d_gated(grad, weight, None, opened, *ctx.filters, ctx.signal_size)
+        grad_signal = conv2d_gated(grad, weight, None, opened, ctx.filters, ctx.signal_size)
     if needs_weight:
-        grad_weight, _ = conv2d_weight_gradient(grad, signal, forward, weight, *ctx.filters, ctx.gate, False)
+        grad_weight, _ = conv2d_weight_gradient(grad, signal, forward, weight, ctx.filters, ctx.gate, False)
     if needs_bias:
         grad_bias = grad.sum((0, 2, 3))
-    return grad_signal, grad_weight, grad_bias, *(None,) * 7
+    return grad_signal, grad_weight, grad_bias
 
 
-def _gated_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    image, weight, _, forward, *filters, _ = inputs
-    ctx.filters, ctx.image_size = Filters(*filters), image.shape[2:]
+def _gated_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    image, weight, _, forward, ctx.filters, _ = inputs
+    ctx.image_size = image.shape[2:]
     ctx.save_for_backward(image if ctx.needs_input_grad[1] else None, weight, forward)
 
 
 def _gated_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     image, weight, forward = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    return *convolution_backward(grad, image, weight, forward, ctx.image_size, ctx.filters, needs), *(None,) * 6
+    return convolution_backward(grad, image, weight, forward, ctx.image_size, ctx.filters, needs)
 
 
-def _weight_gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    image, signal, forward, weight, *filters, ctx.gate, ctx.with_bias = inputs
-    ctx.filters, ctx.weight_size = Filters(*filters), weight.shape
+def _weight_gradient_setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    image, signal, forward, weight, ctx.filters, ctx.gate, ctx.with_bias = inputs
+    ctx.weight_size = weight.shape
     ctx.save_for_backward(image, signal, forward)
 
 
@@ -295,8 +245,8 @@ def _weight_gradient_backward(ctx: Any, by_weight: Tensor | None, by_bias: Tenso
     if ctx.needs_input_grad[1]:
         bias = by_bias if ctx.with_bias else None
         opened = _opened(ctx.gate, *_detached(signal, forward))
-        grad_signal = conv2d_gated(image, by_weight, bias, opened, *ctx.filters, signal.shape[2:])
-    return grad_image, grad_signal, *(None,) * 8
+        grad_signal = conv2d_gated(image, by_weight, bias, opened, ctx.filters, signal.shape[2:])
+    return grad_image, grad_signal
 
 
 def linear_tangent(
@@ -332,7 +282,7 @@ def convolution_tangent(
     """The tangent of the maps of this size, a convolution that is zero where ``forward <= 0``."""
 
     def convolution(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return conv2d_gated(image, weight, bias, forward, *filters, size[2:])
+        return conv2d_gated(image, weight, bias, forward, filters, size[2:])
 
     result = linear_tangent(convolution, convolution, (image, weight), tangents[:3], size)
     if result is None or forward is None or any(t is not None for t in tangents[:2]):
@@ -340,35 +290,35 @@ def convolution_tangent(
     return result.masked_fill(forward <= 0, 0)
 
 
-def _deconv_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
-    signal, weight, _, *slide, gate, forward = inputs
+def _deconv_tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor | None:
+    signal, weight, _, slide, gate, forward = inputs
     opened = _opened(gate, *_detached(signal, forward))
 
     def by_signal(tangent: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return deconvolve(tangent, weight, bias, *slide, "none" if opened is None else "backprop", opened)
+        return deconvolve(tangent, weight, bias, slide, "none" if opened is None else "backprop", opened)
 
     def by_weight(signal: Tensor, tangent: Tensor, bias: Tensor | None) -> Tensor:
-        return deconvolve(signal, tangent, bias, *slide, gate, forward)
+        return deconvolve(signal, tangent, bias, slide, gate, forward)
 
     return linear_tangent(by_signal, by_weight, (signal, weight), tangents[:3], output.shape)
 
 
-def _gated_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
-    image, weight, _, forward, *filters, _ = inputs
-    return convolution_tangent(image, weight, forward, Filters(*filters), output.shape, tangents)
+def _gated_tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor | None:
+    image, weight, _, forward, filters, _ = inputs
+    return convolution_tangent(image, weight, forward, filters, output.shape, tangents)
 
 
 def _weight_gradient_tangent(
-    inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]
+    inputs: Sequence[Any], results: tuple[Tensor, Tensor], tangents: Sequence[Any]
 ) -> tuple[Tensor | None, Tensor | None]:
-    image, signal, forward, weight, *filters, gate, with_bias = inputs
+    image, signal, forward, weight, filters, gate, with_bias = inputs
     by_weight = by_bias = None
     if tangents[1] is not None:
         opened = _opened(gate, *_detached(signal, forward))
         passes = "none" if opened is None else "backprop"
-        by_weight, by_bias = conv2d_weight_gradient(image, tangents[1], opened, weight, *filters, passes, with_bias)
+        by_weight, by_bias = conv2d_weight_gradient(image, tangents[1], opened, weight, filters, passes, with_bias)
     if tangents[0] is not None:
-        more, _ = conv2d_weight_gradient(tangents[0], signal, forward, weight, *filters, gate, False)
+        more, _ = conv2d_weight_gradient(tangents[0], signal, forward, weight, filters, gate, False)
         by_weight = more if by_weight is None else by_weight + more
     return by_weight, by_bias if with_bias else None
 

@@ -14,13 +14,13 @@ from zfcuda import core
 from zfcuda.ops._common import (
     check_tensor,
     dense,
-    empty,
     integer,
     memory_format,
     number,
     tensor,
 )
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._out import Result
+from zfcuda.ops._register import OneResult, entry, operator
 
 __all__ = ["local_response_norm"]
 
@@ -68,12 +68,11 @@ def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: flo
     )
 
 
-def _allocate(input: Tensor, size: int) -> tuple[Tensor, torch.memory_format]:
+def _like(input: Tensor, size: int) -> Result:
     check_tensor("input", input)
     if size < 1:
         raise RuntimeError(f"size is {size}; it must be at least 1 channel")
-    layout = memory_format(input)
-    return empty(input, input.shape, layout), layout
+    return Result(input, input.shape, memory_format(input))
 
 
 def _where(input: Tensor, size: int, alpha: float, layout: torch.memory_format) -> tuple[tuple[int, ...], int, float]:
@@ -84,76 +83,64 @@ def _where(input: Tensor, size: int, alpha: float, layout: torch.memory_format) 
 
 
 @operator("local_response_norm", batched=("input",))
-def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    output, layout = _allocate(input, size)
+def _local_response_norm(input: Tensor, size: int, alpha: float, beta: float, k: float) -> OneResult:
+    output = yield _like(input, size)
     if output.numel():
+        layout = memory_format(input)
         where = _where(input, size, alpha, layout)
         core.run("local_response_norm", input, *where, beta, k, dense(input, layout), output)
-    return output
-
-
-@_local_response_norm.register_fake
-def _(input: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    return _allocate(input, size)[0]
 
 
 @operator("local_response_norm_gradient", batched=("input", "grad"))
-def _gradient(input: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    grad_input, layout = _allocate(input, size)
+def _gradient(input: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float) -> OneResult:
+    grad_input = yield _like(input, size)
     if grad_input.numel():
+        layout = memory_format(input)
         where = _where(input, size, alpha, layout)
         tensors = dense(input, layout), dense(grad, layout), grad_input
         core.run("local_response_norm_gradient", input, *where, beta, k, *tensors)
-    return grad_input
 
 
-@_gradient.register_fake
-def _(input: Tensor, grad: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    return _allocate(input, size)[0]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     input, *ctx.constants = inputs
     ctx.save_for_backward(input)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> Tensor:
     (input,) = ctx.saved_tensors
-    return _gradient(input, grad, *ctx.constants), None, None, None, None
+    return _gradient(input, grad, *ctx.constants)
 
 
-def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
+def _tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
     """Of torch's operators, as the second derivative is."""
     input, *constants = inputs
     return _pushed_forward(lambda x: F.local_response_norm(x, *constants), (input,), tangents[:1])
 
 
-def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _gradient_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     input, grad, *ctx.constants = inputs
     ctx.save_for_backward(input, grad)
 
 
-def _gradient_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
     """Of torch's operators, in float32 at least: the first gradient as they compute it, differentiated again."""
     saved = ctx.saved_tensors
     wide = torch.promote_types(cotangent.dtype, torch.float32)
     pull_back = torch.func.vjp(functools.partial(_torchs_gradient, ctx.constants), *(t.to(wide) for t in saved))[1]
     results = pull_back(cotangent.to(wide))
-    return *(r.to(t.dtype) for r, t in zip(results, saved, strict=True)), None, None, None, None
+    return tuple(r.to(t.dtype) for r, t in zip(results, saved, strict=True))
 
 
-def _gradient_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
+def _gradient_tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
     input, grad, *constants = inputs
     given = tuple(torch.zeros_like(t) if d is None else d for t, d in zip((input, grad), tangents[:2], strict=True))
     return _pushed_forward(functools.partial(_torchs_gradient, constants), (input, grad), given)
 
 
-def _pushed_forward(
-    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
-) -> Tensor:
+def _pushed_forward(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], tangents: Sequence[Tensor]) -> Tensor:
     """The tangent of the result: the transpose of the transpose, as torch's forward mode does not nest."""
     pulled = torch.func.vjp(function, *tensors)
-    return cast(Tensor, torch.func.vjp(pulled[1], torch.zeros_like(pulled[0]))[1](tangents)[0])
+    return cast(Tensor, torch.func.vjp(pulled[1], torch.zeros_like(pulled[0]))[1](tuple(tangents))[0])
 
 
 def _torchs_gradient(constants: Sequence[Any], input: Tensor, grad: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from zfcuda.ops._common import (
     check_tensor,
     dense,
     memory_format,
-    pair,
     tensor,
 )
-from zfcuda.ops._pool import Window, check_switches
-from zfcuda.ops._register import entry, not_differentiable, operator
+from zfcuda.ops._out import Result
+from zfcuda.ops._pool import Window, check_switches, window_of
+from zfcuda.ops._register import TwoResults, entry, not_differentiable, operator
 
 __all__ = ["map_maximum"]
 
@@ -64,19 +64,12 @@ def map_maximum(
     -----
     Not differentiable: a backward pass through the values raises.
     """
-    kernel = pair("kernel_size", kernel_size)
     tensor("pooled", pooled, optional=True)
     tensor("switches", switches, optional=True)
     if (pooled is None) != (switches is None):
         missing = "pooled" if pooled is None else "switches"
         raise RuntimeError(f"{missing} is None; give pooled and switches together, or neither")
-    window = Window(
-        kernel,
-        kernel if stride is None else pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-    )
-    return _maximum(tensor("input", input), pooled, switches, *window)
+    return _maximum(tensor("input", input), pooled, switches, window_of(kernel_size, stride, padding, dilation))
 
 
 def _check(input: Tensor, pooled: Tensor | None, switches: Tensor | None, window: Window) -> list[int]:
@@ -92,45 +85,17 @@ def _check(input: Tensor, pooled: Tensor | None, switches: Tensor | None, window
     return list(pooled.shape)
 
 
-def _allocate(input: Tensor) -> tuple[Tensor, Tensor]:
-    return core.empty(input.shape[:2], input), core.empty(input.shape[:2], input, dtype=torch.int64)
-
-
 @operator("map_maximum", batched=("input", "pooled", "switches"))
-def _maximum(
-    input: Tensor,
-    pooled: Tensor | None,
-    switches: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    window = Window(kernel_size, stride, padding, dilation)
+def _maximum(input: Tensor, pooled: Tensor | None, switches: Tensor | None, window: Window) -> TwoResults:
     pooled_size = _check(input, pooled, switches, window)
+    values, positions = yield Result(input, input.shape[:2]), Result(input, input.shape[:2], dtype=torch.int64)
     layout = memory_format(input)
-    if max(dilation) > 1 or any(s > k for s, k in zip(stride, kernel_size, strict=True)):
+    if max(window.dilation) > 1 or any(s > k for s, k in zip(window.stride, window.kernel_size, strict=True)):
         pooled = switches = None  # gaps between and in windows
-    values, positions = _allocate(input)
     if values.numel():
         where = window.shape(input.shape, pooled_size, layout), core.DTYPES[input.dtype]
         tensors = dense(input, layout), dense(pooled, layout), dense(switches, layout)
         core.run("map_maximum", input, *where, *tensors, values, positions)
-    return values, positions
-
-
-@_maximum.register_fake
-def _(
-    input: Tensor,
-    pooled: Tensor | None,
-    switches: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    _check(input, pooled, switches, Window(kernel_size, stride, padding, dilation))
-    return _allocate(input)
 
 
 not_differentiable(_maximum, "map_maximum", "gather the input at the positions to differentiate by it")

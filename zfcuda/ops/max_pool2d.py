@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from zfcuda.ops._common import dense, empty, flag, memory_format, pair, tensor
-from zfcuda.ops._pool import Window, pool
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._common import dense, flag, memory_format, tensor
+from zfcuda.ops._pool import Window, pool, pooled_input, window_of
+from zfcuda.ops._register import TwoResults, entry, operator
 from zfcuda.ops.max_unpool2d import gather, unpool
 
 __all__ = ["max_pool2d"]
@@ -55,66 +54,30 @@ def max_pool2d(
     -----
     Differentiable any number of times with respect to ``input``; only the switches are kept for it.
     """
-    kernel = pair("kernel_size", kernel_size)
-    return _max_pool2d(
-        tensor("input", input),
-        kernel,
-        kernel if stride is None else pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-        flag("ceil_mode", ceil_mode),
-    )
-
-
-def allocate(input: Tensor, window: Window, ceil_mode: bool) -> tuple[Tensor, Tensor]:
-    """Maxima and switches, uninitialised."""
-    size, layout = window.pooled_shape(input, ceil_mode), memory_format(input)
-    return empty(input, size, layout), empty(input, size, layout, torch.uint8)
+    window = window_of(kernel_size, stride, padding, dilation)
+    return _max_pool2d(tensor("input", input), window, flag("ceil_mode", ceil_mode))
 
 
 @operator("max_pool2d", batched=("input",))
-def _max_pool2d(
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    window = Window(kernel_size, stride, padding, dilation)
-    results = allocate(input, window, ceil_mode)
+def _max_pool2d(input: Tensor, window: Window, ceil_mode: bool) -> TwoResults:
+    results = yield pooled_input(input, window, ceil_mode)
     pool(input, window, False, *results)
-    return results
 
 
-@_max_pool2d.register_fake
-def _(
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    return allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, *ctx.window, _ = inputs
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    input, ctx.window, _ = inputs
     ctx.input_size = input.shape[2:]
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor, _: None) -> Tensor:
     (switches,) = ctx.saved_tensors
     # The switches come from the pool itself, so nobody needs to check them.
-    grad = unpool(dense(grad_output, memory_format(switches)), switches, *ctx.window, ctx.input_size, False, False)
-    return grad, None, None, None, None, None
+    return unpool(dense(grad_output, memory_format(switches)), switches, ctx.window, ctx.input_size, False, False)
 
 
-def _tangent(inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]) -> tuple[Tensor, None]:
-    _, *window, _ = inputs
-    return gather(tangents[0], results[1], *window, False, False), None
+def _tangent(inputs: Sequence[Any], results: tuple[Tensor, Tensor], tangents: Sequence[Any]) -> tuple[Tensor, None]:
+    return gather(tangents[0], results[1], inputs[1], False, False), None
 
 
 _max_pool2d.register_autograd(_backward, _setup_context, _tangent)

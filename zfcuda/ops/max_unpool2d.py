@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import check_tensor, dense, empty, integers, memory_format, option, pair, tensor
-from zfcuda.ops._pool import Window, check_switches
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._common import check_tensor, dense, integers, memory_format, option, tensor
+from zfcuda.ops._out import Result
+from zfcuda.ops._pool import Window, check_switches, window_of
+from zfcuda.ops._register import OneResult, entry, operator
 
 __all__ = ["max_unpool2d"]
 
@@ -67,14 +68,10 @@ def max_unpool2d(
     Differentiable any number of times with respect to ``input``. The check of the switches' values reads one
     number back, which on CUDA waits for the device; while a CUDA graph is being captured it is left out.
     """
-    kernel = pair("kernel_size", kernel_size)
     return unpool(
         tensor("input", input),
         tensor("switches", switches),
-        kernel,
-        kernel if stride is None else pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
+        window_of(kernel_size, stride, padding, dilation),
         plane("output_size", output_size, tensor("input", input)),
         option("overlap", overlap, OVERLAPS) == "overwrite",
         True,
@@ -153,138 +150,81 @@ def check_switch_values(switches: Tensor, shape: tuple[int, ...], window: Window
 def unpool(
     input: Tensor,
     switches: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    window: Window,
     output_size: Sequence[int] | None,
     overwrite: bool,
     check_values: bool,
-) -> Tensor:
-    window = Window(kernel_size, stride, padding, dilation)
+) -> OneResult:
     size = unpooled_shape("input", input, switches, window, output_size)
     layout = memory_format(input)
-    if not input.numel():
-        return empty(input, size, layout)
-    shape = window.shape(size, input.shape, layout)
-    switches = dense(switches, layout)
-    if check_values:
-        check_switch_values(switches, shape, window, size)
-    output = empty(input, size, layout)
-    dtype = core.DTYPES[input.dtype]
-    core.run("max_unpool2d", input, shape, dtype, overwrite, dense(input, layout), switches, output)
-    return output
+    output = yield Result(input, size, layout)
+    if output.numel():
+        shape = window.shape(size, input.shape, layout)
+        switches = dense(switches, layout)
+        if check_values:
+            check_switch_values(switches, shape, window, size)
+        dtype = core.DTYPES[input.dtype]
+        core.run("max_unpool2d", input, shape, dtype, overwrite, dense(input, layout), switches, output)
 
 
-@unpool.register_fake
-def _(
-    input: Tensor,
-    switches: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output_size: Sequence[int] | None,
-    overwrite: bool,
-    check_values: bool,
-) -> Tensor:
-    window = Window(kernel_size, stride, padding, dilation)
-    size = unpooled_shape("input", input, switches, window, output_size)
-    return empty(input, size, memory_format(input))
-
-
-@operator("switch_gather", batched=("unpooled", "switches"))
-def gather(
-    unpooled: Tensor,
-    switches: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    overwrite: bool,
-    check_values: bool,
-) -> Tensor:
+@operator("switch_gather", batched=("input", "switches"))
+def gather(input: Tensor, switches: Tensor, window: Window, overwrite: bool, check_values: bool) -> OneResult:
     """The transpose of unpooling."""
-    window = Window(kernel_size, stride, padding, dilation)
-    check_gathered(unpooled, switches, window)
-    pooled = empty(unpooled, switches.shape, memory_format(unpooled))
-    run_gather(unpooled, switches, window, overwrite, check_values, pooled)
-    return pooled
+    _check_gathered(input, switches, window)
+    layout = memory_format(input)
+    pooled = yield Result(input, switches.shape, layout)
+    if pooled.numel():
+        shape = window.shape(input.shape, pooled.shape, layout)
+        switches = dense(switches, layout)
+        if check_values:
+            check_switch_values(switches, shape, window, input.shape)
+        tensors = dense(input, layout), switches, pooled
+        core.run("switch_gather", input, shape, core.DTYPES[input.dtype], overwrite, *tensors)
 
 
-@gather.register_fake
-def _(
-    unpooled: Tensor,
-    switches: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    overwrite: bool,
-    check_values: bool,
-) -> Tensor:
-    check_gathered(unpooled, switches, Window(kernel_size, stride, padding, dilation))
-    return empty(unpooled, switches.shape, memory_format(unpooled))
-
-
-def check_gathered(unpooled: Tensor, switches: Tensor, window: Window) -> None:
-    """Raise RuntimeError unless the switches are those of a pool of something of the size of ``unpooled``."""
-    check_tensor("input", unpooled)
+def _check_gathered(input: Tensor, switches: Tensor, window: Window) -> None:
+    """Raise RuntimeError unless the switches are those of a pool of something of the size of ``input``."""
+    check_tensor("input", input)
     window.check()
-    height, width = unpooled.shape[2:]
+    height, width = input.shape[2:]
     pooled = list(switches.shape[-2:])
     if switches.dim() != 4 or not _could_be_pooled(window, [height, width], pooled):
         pooled = window.pooled_size((height, width), False)
-    check_switches(switches, unpooled, [*unpooled.shape[:2], *pooled], "that of the pool of the input")
+    check_switches(switches, input, [*input.shape[:2], *pooled], "that of the pool of the input")
 
 
-def run_gather(
-    unpooled: Tensor, switches: Tensor, window: Window, overwrite: bool, check_values: bool, pooled: Tensor
-) -> None:
-    """``switch_gather`` of csrc/ops.h into a checked tensor of the input's memory format."""
-    if not pooled.numel():
-        return
-    layout = memory_format(unpooled)
-    shape = window.shape(unpooled.shape, pooled.shape, layout)
-    switches = dense(switches, layout)
-    if check_values:
-        check_switch_values(switches, shape, window, unpooled.shape)
-    tensors = dense(unpooled, layout), switches, pooled
-    core.run("switch_gather", unpooled, shape, core.DTYPES[unpooled.dtype], overwrite, *tensors)
-
-
-def _unpool_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, switches, *ctx.window, _, ctx.overwrite, _ = inputs
+def _unpool_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    _, switches, ctx.window, _, ctx.overwrite, _ = inputs
     ctx.layout = memory_format(output)
     ctx.save_for_backward(switches)
 
 
-def _unpool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _unpool_backward(ctx: Any, grad: Tensor) -> Tensor:
     (switches,) = ctx.saved_tensors
-    return gather(dense(grad, ctx.layout), switches, *ctx.window, ctx.overwrite, False), *(None,) * 8
+    return gather(dense(grad, ctx.layout), switches, ctx.window, ctx.overwrite, False)
 
 
-def _gather_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    unpooled, switches, *ctx.window, ctx.overwrite, _ = inputs
-    ctx.size, ctx.layout = unpooled.shape[2:], memory_format(output)
+def _gather_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    input, switches, ctx.window, ctx.overwrite, _ = inputs
+    ctx.size, ctx.layout = input.shape[2:], memory_format(output)
     ctx.save_for_backward(switches)
 
 
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gather_backward(ctx: Any, grad: Tensor) -> Tensor:
     (switches,) = ctx.saved_tensors
-    grad = dense(grad, ctx.layout)
-    return unpool(grad, switches, *ctx.window, ctx.size, ctx.overwrite, False), *(None,) * 7
+    return unpool(dense(grad, ctx.layout), switches, ctx.window, ctx.size, ctx.overwrite, False)
 
 
-def _unpool_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
-    _, switches, *window, _, overwrite, _ = inputs
-    return unpool(tangents[0], switches, *window, output.shape[2:], overwrite, False)
+def _unpool_tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+    _, switches, window, _, overwrite, _ = inputs
+    return unpool(tangents[0], switches, window, output.shape[2:], overwrite, False)
 
 
-def _gather_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor:
-    _, switches, *window, overwrite, _ = inputs
-    return gather(tangents[0], switches, *window, overwrite, False)
+def _gather_tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
+    _, switches, window, overwrite, _ = inputs
+    return gather(tangents[0], switches, window, overwrite, False)
 
 
 unpool.register_autograd(_unpool_backward, _unpool_setup_context, _unpool_tangent)
 gather.register_autograd(_gather_backward, _gather_setup_context, _gather_tangent)
+gather.register_out("output", overwrite=False, check_values=True)

@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from zfcuda.ops._common import dense, flag, memory_format, pair, tensor
-from zfcuda.ops._out import check_apart, check_pooled_out, outputs, refuse_gradients
-from zfcuda.ops._pool import Window, pool
-from zfcuda.ops._register import entry, operator
-from zfcuda.ops.max_pool2d import allocate
+from zfcuda.ops._common import dense, flag, memory_format, tensor
+from zfcuda.ops._pool import Window, pool, pooled_input, window_of
+from zfcuda.ops._register import TwoResults, entry, operator
 from zfcuda.ops.max_unpool2d import gather, unpool
 
 __all__ = ["relu_max_pool2d"]
@@ -66,100 +64,34 @@ def relu_max_pool2d(
     Differentiable any number of times with respect to ``input``; output and switches are kept for it. As in
     torch the gradient is 0 where the output is 0, and passes at NaN.
     """
-    kernel = pair("kernel_size", kernel_size)
-    arguments = (
-        tensor("input", input),
-        kernel,
-        kernel if stride is None else pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-        flag("ceil_mode", ceil_mode),
-    )
-    if out is None:
-        return _relu_max_pool2d(*arguments)
-    output, switches = outputs(out, 2)
-    refuse_gradients("relu_max_pool2d", input, output)
-    _relu_max_pool2d_out(*arguments, output, switches)
-    return output, switches
+    window = window_of(kernel_size, stride, padding, dilation)
+    arguments = tensor("input", input), window, flag("ceil_mode", ceil_mode)
+    return _relu_max_pool2d(*arguments) if out is None else _relu_max_pool2d.into(out, *arguments)
 
 
 @operator("relu_max_pool2d", batched=("input",))
-def _relu_max_pool2d(
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    window = Window(kernel_size, stride, padding, dilation)
-    results = allocate(input, window, ceil_mode)
+def _relu_max_pool2d(input: Tensor, window: Window, ceil_mode: bool) -> TwoResults:
+    results = yield pooled_input(input, window, ceil_mode)
     pool(input, window, True, *results)
-    return results
 
 
-@_relu_max_pool2d.register_fake
-def _(
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-) -> tuple[Tensor, Tensor]:
-    return allocate(input, Window(kernel_size, stride, padding, dilation), ceil_mode)
-
-
-@operator("relu_max_pool2d_out", mutates=("output", "switches"))
-def _relu_max_pool2d_out(
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    output: Tensor,
-    switches: Tensor,
-) -> None:
-    window = Window(kernel_size, stride, padding, dilation)
-    size = window.pooled_shape(input, ceil_mode)
-    check_pooled_out(output, switches, input, size, memory_format(input))
-    check_apart({"out[0]": output, "out[1]": switches}, {"input": input})
-    pool(input, window, True, output, switches)
-
-
-@_relu_max_pool2d_out.register_fake
-def _(
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    output: Tensor,
-    switches: Tensor,
-) -> None:
-    size = Window(kernel_size, stride, padding, dilation).pooled_shape(input, ceil_mode)
-    check_pooled_out(output, switches, input, size, memory_format(input))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, *ctx.window, _ = inputs
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    input, ctx.window, _ = inputs
     ctx.input_size = input.shape[2:]
     ctx.save_for_backward(*output)
 
 
-def _backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_output: Tensor, _: None) -> Tensor:
     output, switches = ctx.saved_tensors
     passed = dense(grad_output.masked_fill(output.detach() <= 0, 0), memory_format(switches))
     # The switches come from the pool itself, so nobody needs to check them.
-    return unpool(passed, switches, *ctx.window, ctx.input_size, False, False), *(None,) * 5
+    return unpool(passed, switches, ctx.window, ctx.input_size, False, False)
 
 
-def _tangent(inputs: tuple[Any, ...], results: tuple[Tensor, Tensor], tangents: tuple[Any, ...]) -> tuple[Tensor, None]:
-    _, *window, _ = inputs
+def _tangent(inputs: Sequence[Any], results: tuple[Tensor, Tensor], tangents: Sequence[Any]) -> tuple[Tensor, None]:
     output, switches = results
-    return gather(tangents[0], switches, *window, False, False).masked_fill(output.detach() <= 0, 0), None
+    return gather(tangents[0], switches, inputs[1], False, False).masked_fill(output.detach() <= 0, 0), None
 
 
 _relu_max_pool2d.register_autograd(_backward, _setup_context, _tangent)
+_relu_max_pool2d.register_out("output", "switches")

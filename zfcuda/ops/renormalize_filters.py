@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zfcuda import core
 from zfcuda.ops._common import check_tensor, number, tensor
-from zfcuda.ops._register import entry, operator
+from zfcuda.ops._register import NoResult, entry, operator
 
 __all__ = ["renormalize_filters_"]
 
@@ -52,15 +52,12 @@ def renormalize_filters_(weight: Tensor, max_rms: float) -> Tensor:
     return weight
 
 
-def _check(weight: Tensor, max_rms: float) -> None:
+@operator("renormalize_filters_", mutates=("weight",))
+def _renormalize_filters(weight: Tensor, max_rms: float) -> NoResult:
     check_tensor("weight", weight)
     if not max_rms >= 0:
         raise RuntimeError(f"max_rms is {max_rms}; it must be a number of at least 0")
-
-
-@operator("renormalize_filters_", mutates=("weight",))
-def _renormalize_filters(weight: Tensor, max_rms: float) -> None:
-    _check(weight, max_rms)
+    yield
     if not weight.numel():
         return
     formats = torch.contiguous_format, torch.channels_last  # in both a filter's numbers are neighbours
@@ -70,8 +67,3 @@ def _renormalize_filters(weight: Tensor, max_rms: float) -> None:
     core.run("renormalize_filters", weight, len(weight), size, core.DTYPES[weight.dtype], max_rms, filters)
     if not in_place:
         weight.copy_(filters)
-
-
-@_renormalize_filters.register_fake
-def _(weight: Tensor, max_rms: float) -> None:
-    _check(weight, max_rms)

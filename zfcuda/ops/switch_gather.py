@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from zfcuda.ops._common import memory_format, pair, tensor
-from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
-from zfcuda.ops._pool import Window
-from zfcuda.ops._register import entry, operator
-from zfcuda.ops.max_unpool2d import check_gathered, gather, run_gather
+from zfcuda.ops._common import tensor
+from zfcuda.ops._pool import window_of
+from zfcuda.ops._register import entry
+from zfcuda.ops.max_unpool2d import gather
 
 __all__ = ["switch_gather"]
 
@@ -64,52 +63,6 @@ def switch_gather(
     Differentiable any number of times with respect to ``input``. The check of the switches' values reads one
     number back, which on CUDA waits for the device; while a CUDA graph is being captured it is left out.
     """
-    kernel = pair("kernel_size", kernel_size)
-    arguments = (
-        tensor("input", input),
-        tensor("switches", switches),
-        kernel,
-        kernel if stride is None else pair("stride", stride),
-        pair("padding", padding),
-        pair("dilation", dilation),
-    )
-    if out is None:
-        return gather(*arguments, False, True)
-    (output,) = outputs(out, 1)
-    refuse_gradients("switch_gather", input, output)
-    _switch_gather_out(*arguments, output)
-    return output
-
-
-@operator("switch_gather_out", mutates=("output",))
-def _switch_gather_out(
-    input: Tensor,
-    switches: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output: Tensor,
-) -> None:
-    window = Window(kernel_size, stride, padding, dilation)
-    _check_out(input, switches, window, output)
-    check_apart({"out": output}, {"input": input, "switches": switches})
-    run_gather(input, switches, window, False, True, output)
-
-
-@_switch_gather_out.register_fake
-def _(
-    input: Tensor,
-    switches: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    output: Tensor,
-) -> None:
-    _check_out(input, switches, Window(kernel_size, stride, padding, dilation), output)
-
-
-def _check_out(input: Tensor, switches: Tensor, window: Window, output: Tensor) -> None:
-    check_gathered(input, switches, window)
-    check_out("out", output, input, switches.shape, memory_format(input), input.dtype)
+    window = window_of(kernel_size, stride, padding, dilation)
+    arguments = tensor("input", input), tensor("switches", switches), window
+    return gather(*arguments, False, True) if out is None else gather.into(out, *arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zfcuda.ops._common import check_shape, integers, pair, tensor
-from zfcuda.ops._pool import Window, check_switches
+from zfcuda.ops._pool import Window, check_switches, window_of
 from zfcuda.ops._register import entry
 
 __all__ = ["indices_to_switches", "switches_to_indices"]
@@ -95,9 +95,7 @@ def _window(
     padding: int | Sequence[int],
     dilation: int | Sequence[int],
 ) -> tuple[Window, list[int]]:
-    kernel = pair("kernel_size", kernel_size)
-    stride = kernel if stride is None else pair("stride", stride)
-    window = Window(kernel, stride, pair("padding", padding), pair("dilation", dilation))
+    window = window_of(kernel_size, stride, padding, dilation)
     window.check()
     return window, pair("input_size", integers("input_size", input_size)[-2:])
 

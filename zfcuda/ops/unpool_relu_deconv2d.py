@@ -9,20 +9,12 @@ import torch
 from torch import Tensor
 
 from zfcuda import core
-from zfcuda.ops._common import (
-    dense,
-    empty,
-    integer,
-    memory_format,
-    option,
-    pair,
-    tensor,
-)
-from zfcuda.ops._conv import Filters, conv2d_gated, conv2d_weight_gradient, like_weight
-from zfcuda.ops._out import check_apart, check_out, outputs, refuse_gradients
-from zfcuda.ops._pool import Window
-from zfcuda.ops._register import entry, operator
-from zfcuda.ops.deconv2d import check_forward, deconvolve, deconvolved_size, linear_tangent
+from zfcuda.ops._common import dense, memory_format, option, tensor
+from zfcuda.ops._conv import Filters, Transposed, conv2d_gated, conv2d_weight_gradient, transposed_of
+from zfcuda.ops._out import Result
+from zfcuda.ops._pool import PoolWindow, Window, window_of
+from zfcuda.ops._register import OneResult, entry, operator
+from zfcuda.ops.deconv2d import check_forward, deconvolve, deconvolved, linear_tangent
 from zfcuda.ops.max_unpool2d import OVERLAPS, check_switch_values, gather, plane, unpool, unpooled_shape
 
 __all__ = ["unpool_relu_deconv2d"]
@@ -110,78 +102,19 @@ def unpool_relu_deconv2d(
     The check of the switches' values reads one number back, which on CUDA waits for the device; while a CUDA graph
     is being captured it is left out.
     """
-    kernel = pair("pool_kernel_size", pool_kernel_size)
     arguments = (
         tensor("signal", signal),
         tensor("switches", switches),
         tensor("weight", weight),
         tensor("bias", bias, optional=True),
-        pair("stride", stride),
-        pair("padding", padding),
-        pair("output_padding", output_padding),
-        integer("groups", groups),
-        pair("dilation", dilation),
-        kernel,
-        kernel if pool_stride is None else pair("pool_stride", pool_stride),
-        pair("pool_padding", pool_padding),
-        pair("pool_dilation", pool_dilation),
+        transposed_of(stride, padding, output_padding, groups, dilation),
+        window_of(pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_"),
         plane("pool_output_size", pool_output_size, tensor("signal", signal)),
         option("overlap", overlap, OVERLAPS) == "overwrite",
         option("gate", gate, tuple(core.GATES)),
         tensor("forward", forward, optional=True),
     )
-    if out is None:
-        return unpool_deconvolve(*arguments, True)
-    (output,) = outputs(out, 1)
-    refuse_gradients("unpool_relu_deconv2d", signal, weight, bias, output)
-    _unpool_relu_deconv2d_out(*arguments, output)
-    return output
-
-
-def _sizes(
-    signal: Tensor,
-    switches: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    filters: Filters,
-    output_padding: Sequence[int],
-    window: Window,
-    pool_output_size: Sequence[int] | None,
-    gate: str,
-    forward: Tensor | None,
-) -> tuple[list[int], list[int]]:
-    """The whole shapes of the unpooled map and of the result, after every check."""
-    maps = unpooled_shape("signal", signal, switches, window, pool_output_size, "pool_")
-    check_forward(signal, gate, forward, "the pool's output")
-    return maps, deconvolved_size(signal, maps, weight, bias, filters, output_padding)
-
-
-def _run(
-    signal: Tensor,
-    switches: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    filters: Filters,
-    window: Window,
-    maps: Sequence[int],
-    overwrite: bool,
-    gate: str,
-    forward: Tensor | None,
-    check_values: bool,
-    image: Tensor,
-) -> None:
-    if not image.numel():
-        return
-    layout = memory_format(signal)
-    pool = window.shape(maps, signal.shape, layout)
-    switches = dense(switches, layout)
-    if check_values:
-        check_switch_values(switches, pool, window, maps)
-    where = filters.shape(image.shape, maps, weight, layout), pool, core.DTYPES[signal.dtype]
-    scratch = core.workspace("unpool_relu_deconv2d", signal, *where)
-    tensors = dense(signal, layout), switches, dense(forward, layout), weight.contiguous()
-    offset = None if bias is None else bias.contiguous()
-    core.run("unpool_relu_deconv2d", signal, *where, core.GATES[gate], overwrite, *tensors, offset, image, scratch)
+    return unpool_deconvolve(*arguments, True) if out is None else unpool_deconvolve.into(out, *arguments)
 
 
 @operator("unpool_relu_deconv2d", batched=("signal", "switches", "forward"))
@@ -190,126 +123,35 @@ def unpool_deconvolve(
     switches: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
+    slide: Transposed,
+    window: PoolWindow,
     pool_output_size: Sequence[int] | None,
     overwrite: bool,
     gate: str,
     forward: Tensor | None,
     check_values: bool,
-) -> Tensor:
-    filters = Filters(stride, padding, dilation, groups)
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    maps, size = _sizes(
-        signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward
-    )
-    image = empty(signal, size, memory_format(signal))
-    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, check_values, image)
-    return image
+) -> OneResult:
+    maps = unpooled_shape("signal", signal, switches, window, pool_output_size, "pool_")
+    check_forward(signal, gate, forward, "the pool's output")
+    image = yield deconvolved(signal, maps, weight, bias, slide)
+    if not image.numel():
+        return
+    layout = memory_format(signal)
+    pool = window.shape(maps, signal.shape, layout)
+    switches = dense(switches, layout)
+    if check_values:
+        check_switch_values(switches, pool, window, maps)
+    where = slide.filters.shape(image.shape, maps, weight, layout), pool, core.DTYPES[signal.dtype]
+    scratch = core.workspace("unpool_relu_deconv2d", signal, *where)
+    tensors = dense(signal, layout), switches, dense(forward, layout), dense(weight), dense(bias), image, scratch
+    core.run("unpool_relu_deconv2d", signal, *where, core.GATES[gate], overwrite, *tensors)
 
 
-@unpool_deconvolve.register_fake
-def _(
-    signal: Tensor,
-    switches: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    pool_output_size: Sequence[int] | None,
-    overwrite: bool,
-    gate: str,
-    forward: Tensor | None,
-    check_values: bool,
-) -> Tensor:
-    filters = Filters(stride, padding, dilation, groups)
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    _, size = _sizes(signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward)
-    return empty(signal, size, memory_format(signal))
-
-
-@operator("unpool_relu_deconv2d_out", mutates=("output",))
-def _unpool_relu_deconv2d_out(
-    signal: Tensor,
-    switches: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    pool_output_size: Sequence[int] | None,
-    overwrite: bool,
-    gate: str,
-    forward: Tensor | None,
-    output: Tensor,
-) -> None:
-    filters = Filters(stride, padding, dilation, groups)
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    maps, size = _sizes(
-        signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward
-    )
-    check_out("out", output, signal, size, memory_format(signal), signal.dtype)
-    inputs = {"signal": signal, "switches": switches, "weight": weight, "bias": bias, "forward": forward}
-    check_apart({"out": output}, inputs)
-    _run(signal, switches, weight, bias, filters, window, maps, overwrite, gate, forward, True, output)
-
-
-@_unpool_relu_deconv2d_out.register_fake
-def _(
-    signal: Tensor,
-    switches: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    pool_output_size: Sequence[int] | None,
-    overwrite: bool,
-    gate: str,
-    forward: Tensor | None,
-    output: Tensor,
-) -> None:
-    filters = Filters(stride, padding, dilation, groups)
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    _, size = _sizes(signal, switches, weight, bias, filters, output_padding, window, pool_output_size, gate, forward)
-    check_out("out", output, signal, size, memory_format(signal), signal.dtype)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    signal, switches, weight, _, stride, padding, _, groups, dilation, *window, size, overwrite, gate, forward, _ = (
-        inputs
-    )
-    ctx.filters, ctx.window = Filters(stride, padding, dilation, groups), Window(*window)
-    ctx.size, ctx.overwrite, ctx.gate = size, overwrite, gate
-    needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and gate in ("deconvnet", "guided"))
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    signal, switches, weight, _, slide, ctx.window, size, ctx.overwrite, ctx.gate, forward, _ = inputs
+    ctx.filters, ctx.layout = slide.filters, memory_format(output)
+    needed = ctx.needs_input_grad[2] or (ctx.needs_input_grad[0] and ctx.gate in ("deconvnet", "guided"))
     ctx.save_for_backward(signal if needed else None, switches, weight, forward)
-    ctx.layout = memory_format(output)
     ctx.maps_size = ctx.window.unpooled_size(signal.shape[2:]) if size is None else size
 
 
@@ -318,14 +160,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = dense(grad, ctx.layout)
     needs_signal, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     grad_signal = grad_weight = grad_bias = None
-    slides = *ctx.filters, *ctx.window, ctx.maps_size, ctx.overwrite, ctx.gate
+    slides = ctx.filters, ctx.window, ctx.maps_size, ctx.overwrite, ctx.gate
     if needs_signal:
         grad_signal = _to_signal(grad, weight, signal, switches, forward, *slides)
     if needs_weight:
         grad_weight = unpooled_weight_gradient(grad, signal, switches, forward, weight, *slides)
     if needs_bias:
         grad_bias = grad.sum((0, 2, 3))
-    return grad_signal, None, grad_weight, grad_bias, *(None,) * 14
+    return grad_signal, None, grad_weight, grad_bias
 
 
 def _to_signal(
@@ -334,26 +176,19 @@ def _to_signal(
     signal: Tensor | None,
     switches: Tensor,
     forward: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
+    filters: Filters,
+    window: Window,
     maps_size: Sequence[int],
     overwrite: bool,
     gate: str,
 ) -> Tensor:
     """The transpose of the whole step with respect to its signal, which is given where the gate asks for its sign."""
-    window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
     opened = None
     if gate in ("deconvnet", "guided"):
         assert signal is not None
         opened = _maps(signal, switches, forward, window, maps_size, overwrite).detach()
-    maps = conv2d_gated(image, weight, None, opened, stride, padding, dilation, groups, maps_size)
-    pooled = gather(maps, switches, *window, overwrite, False)
+    maps = conv2d_gated(image, weight, None, opened, filters, maps_size)
+    pooled = gather(maps, switches, window, overwrite, False)
     return pooled if forward is None else dense(pooled.masked_fill(forward <= 0, 0), memory_format(image))
 
 
@@ -367,27 +202,27 @@ def _maps(
 ) -> Tensor:
     """The unpooled signal, masked but not rectified."""
     masked = signal if forward is None else signal.masked_fill(forward <= 0, 0)
-    return unpool(masked, switches, *window, size, overwrite, False)
+    return unpool(masked, switches, window, size, overwrite, False)
 
 
-def _tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
-    signal, switches, _, _, *step, overwrite, gate, forward, _ = inputs
-    slide, window, size = step[:5], Window(*step[5:9]), step[9]
+def _tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor | None:
+    signal, switches, weight, _, slide, window, size, overwrite, gate, forward, _ = inputs
     rectifies = gate in ("deconvnet", "guided")
 
     def by_signal(tangent: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         opened = _maps(signal, switches, forward, window, size, overwrite).detach() if rectifies else None
         maps = _maps(tangent, switches, forward, window, size, overwrite)
-        return deconvolve(maps, weight, bias, *slide, "backprop" if rectifies else "none", opened)
+        return deconvolve(maps, weight, bias, slide, "backprop" if rectifies else "none", opened)
 
     def by_weight(signal: Tensor, tangent: Tensor, bias: Tensor | None) -> Tensor:
-        return unpool_deconvolve(signal, switches, tangent, bias, *step, overwrite, gate, forward, False)
+        rest = slide, window, size, overwrite, gate, forward, False
+        return unpool_deconvolve(signal, switches, tangent, bias, *rest)
 
-    tensors, those = (signal, inputs[2]), (tangents[0], *tangents[2:4])
-    return linear_tangent(by_signal, by_weight, tensors, those, output.shape)
+    return linear_tangent(by_signal, by_weight, (signal, weight), (tangents[0], *tangents[2:4]), output.shape)
 
 
 unpool_deconvolve.register_autograd(_backward, _setup_context, _tangent)
+unpool_deconvolve.register_out("output", check_values=True)
 
 
 @operator("unpool_relu_weight_gradient")
@@ -397,76 +232,49 @@ def unpooled_weight_gradient(
     switches: Tensor,
     forward: Tensor | None,
     weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
+    filters: Filters,
+    window: PoolWindow,
     maps_size: Sequence[int],
     overwrite: bool,
     gate: str,
-) -> Tensor:
+) -> OneResult:
     """``conv2d_weight_gradient`` of the unpooled and gated signal, which is never in memory."""
+    gradient = yield Result(weight, weight.shape, torch.preserve_format)
     if not signal.numel():
-        return torch.zeros_like(weight)
-    gradient = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        gradient.zero_()
+        return
     layout, maps = memory_format(image), [*signal.shape[:2], *maps_size]
-    pool = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation).shape(maps, signal.shape, layout)
-    filters = Filters(stride, padding, dilation, groups)
-    where = filters.shape(image.shape, maps, weight, layout), pool, core.DTYPES[image.dtype]
+    shapes = filters.shape(image.shape, maps, weight, layout), window.shape(maps, signal.shape, layout)
+    where = *shapes, core.DTYPES[image.dtype]
     scratch = core.workspace("unpool_relu_weight_gradient", image, *where)
     tensors = dense(image, layout), dense(signal, layout), dense(switches, layout), dense(forward, layout)
-    kernel = "unpool_relu_weight_gradient"
-    core.run(kernel, image, *where, core.GATES[gate], overwrite, *tensors, gradient, scratch)
-    return like_weight(gradient, weight)
+    written = dense(gradient)
+    arguments = *where, core.GATES[gate], overwrite, *tensors, written, scratch
+    core.run("unpool_relu_weight_gradient", image, *arguments)
+    gradient.copy_(written)  # nothing, where it is contiguous itself
 
 
-@unpooled_weight_gradient.register_fake
-def _(
-    image: Tensor,
-    signal: Tensor,
-    switches: Tensor,
-    forward: Tensor | None,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pool_kernel_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-    pool_dilation: Sequence[int],
-    maps_size: Sequence[int],
-    overwrite: bool,
-    gate: str,
-) -> Tensor:
-    return torch.empty_like(weight)
-
-
-def _gradient_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _gradient_setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     image, signal, switches, forward, _, *ctx.slides = inputs
     ctx.save_for_backward(image, signal, switches, forward)
 
 
 def _gradient_backward(ctx: Any, by_weight: Tensor) -> tuple[Tensor | None, ...]:
     image, signal, switches, forward = ctx.saved_tensors
-    filters, window = Filters(*ctx.slides[:4]), Window(*ctx.slides[4:8])
-    maps_size, overwrite, gate = ctx.slides[8:]
+    filters, window, maps_size, overwrite, gate = ctx.slides
     grad_image = grad_signal = None
     if ctx.needs_input_grad[0]:
-        size = image.shape[2:], maps_size
-        grad_image = deconvolve_unpooled(signal, switches, by_weight, filters, window, *size, overwrite, gate, forward)
+        slide = filters.transposed(maps_size, by_weight.shape[2:], image.shape[2:])
+        rest = slide, window, maps_size, overwrite, gate, forward, False
+        grad_image = unpool_deconvolve(signal, switches, by_weight, None, *rest)
     if ctx.needs_input_grad[1]:
         grad_signal = _to_signal(image, by_weight, signal, switches, forward, *ctx.slides)
-    return grad_image, grad_signal, *(None,) * 14
+    return grad_image, grad_signal
 
 
-def _gradient_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[Any, ...]) -> Tensor | None:
+def _gradient_tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor | None:
     image, signal, switches, forward, weight, *slides = inputs
-    filters, window, (maps_size, overwrite, gate) = slides[:4], Window(*slides[4:8]), slides[8:]
+    filters, window, maps_size, overwrite, gate = slides
     rectifies = gate in ("deconvnet", "guided")
     parts = []
     if tangents[0] is not None:
@@ -475,28 +283,8 @@ def _gradient_tangent(inputs: tuple[Any, ...], output: Tensor, tangents: tuple[A
         opened = _maps(signal, switches, forward, window, maps_size, overwrite).detach() if rectifies else None
         maps = _maps(tangents[1], switches, forward, window, maps_size, overwrite)
         passes = "backprop" if rectifies else "none"
-        parts.append(conv2d_weight_gradient(image, maps, opened, weight, *filters, passes, False)[0])
+        parts.append(conv2d_weight_gradient(image, maps, opened, weight, filters, passes, False)[0])
     return sum(parts[1:], parts[0]) if parts else None
 
 
 unpooled_weight_gradient.register_autograd(_gradient_backward, _gradient_setup_context, _gradient_tangent)
-
-
-def deconvolve_unpooled(
-    signal: Tensor,
-    switches: Tensor,
-    weight: Tensor,
-    filters: Filters,
-    window: Window,
-    image_size: Sequence[int],
-    maps_size: Sequence[int],
-    overwrite: bool,
-    gate: str,
-    forward: Tensor | None,
-) -> Tensor:
-    """The step down to an image of this height and width, by switches that are known to be right."""
-    stride, padding, dilation, groups = filters
-    reached = filters.image_size(maps_size, weight.shape[2:])
-    rest = [n - r for n, r in zip(image_size, reached, strict=True)]
-    slides = stride, padding, rest, groups, dilation, *window, maps_size
-    return unpool_deconvolve(signal, switches, weight, None, *slides, overwrite, gate, forward, False)

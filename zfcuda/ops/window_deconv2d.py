@@ -20,7 +20,8 @@ from zfcuda.ops._common import (
     pair,
     tensor,
 )
-from zfcuda.ops._register import entry, not_differentiable, operator
+from zfcuda.ops._out import Result
+from zfcuda.ops._register import OneResult, entry, not_differentiable, operator
 from zfcuda.ops.crop_windows import check_origins
 
 __all__ = ["WindowDeconv2d", "window_deconv2d"]
@@ -319,32 +320,15 @@ def _windows(
     positive: Tensor | None,
     switches: Tensor | None,
     pool: Sequence[int],
-) -> Tensor:
-    _check_weight(signal, weight, groups)
-    undone = (pool[:2], pool[2:4], pool[4:]) if pool else None
-    step = WindowDeconv2d(weight, signal.shape[1:3], stride, dilation, groups, pool=undone, windows=len(signal))
-    return step(signal, origins, map_size, gate=gate, positive=positive, switches=switches)
-
-
-@_windows.register_fake
-def _(
-    signal: Tensor,
-    weight: Tensor,
-    origins: Tensor,
-    map_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    gate: str,
-    positive: Tensor | None,
-    switches: Tensor | None,
-    pool: Sequence[int],
-) -> Tensor:
+) -> OneResult:
     _check_weight(signal, weight, groups)
     geometry = _Geometry(signal.shape[1:3], weight.shape, stride, dilation, groups, pool, len(signal))
     geometry.check()
     _check(signal, weight.dtype, weight.device, origins, map_size, geometry, gate, positive, switches)
-    return core.empty([len(signal), *geometry.image, geometry.channels], signal)
+    image = yield Result(signal, [len(signal), *geometry.image, geometry.channels])
+    undone = (pool[:2], pool[2:4], pool[4:]) if pool else None
+    step = WindowDeconv2d(weight, signal.shape[1:3], stride, dilation, groups, pool=undone, windows=len(signal))
+    step(signal, origins, map_size, gate=gate, positive=positive, switches=switches, out=image)
 
 
 not_differentiable(_windows, "window_deconv2d", _REMEDY)
