@@ -156,6 +156,7 @@ def in_place_of_the_cpu(emulator: Emulator) -> Iterator[None]:
         stack.callback(_register.GUARDS.pop)
         patch.setitem(core.BACKENDS, "cpu", lambda: emulator)
         patch.setattr(core, "_address", emulator.address)
+        patch.setattr(core, "_exec", lambda device: (0, 0, 1, core.cuda_precision()))
         yield
 
 
