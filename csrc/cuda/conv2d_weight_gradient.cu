@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     constexpr int kDepth = Product::kDepth, kPack = Pack<V>::size;
     ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kSide / kPack);
     ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kSide / kPack);
-    ZF_SHARED(Column, columns, kSide);
+    ZF_SHARED(Column, columns, kChannelsLast ? 1 : kSide);
     V* const left = reinterpret_cast<V*>(left_tiles);
     V* const right = reinterpret_cast<V*>(right_tiles);
     const ConvShape& s = p.s;
@@ -49,8 +49,6 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     if (kChannelsLast) steps.channel = 1;
     const int thread = threadIdx.x;
     const auto block = GradientBlock::find<kSide, kDepth>(p);
-    if (thread < kSide) columns[thread] = Column(p, from, block.group, block.first_column + thread);
-    __syncthreads();
 
     // A thread brings kLoads packs of each tile: NCHW at one pixel (lanes along pixels), NHWC at
     // one column (lanes along columns).
@@ -63,31 +61,60 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     const Odometer depth(kDepth, width, height), step(kStep, width, height);
     Odometer pixel(block.split * p.split_pixels + load_k, width, height);
 
+    // What its columns read: in NHWC one of its own, in NCHW those of all lanes.
+    const Column own(p, from, block.group, block.first_column + load_column);
+    if (!kChannelsLast) {
+        if (thread < kSide)
+            columns[thread] = Column(p, from, block.group, block.first_column + thread);
+        __syncthreads();
+    }
+
     using Left = Vector<typename Source::Value, kVector>;
     Left staged_left[kLoads];
     Vector<T, kVector> staged_right[kLoads];
     auto fetch_left = [&](const Odometer& at, int column) -> Left {
         const std::int64_t row = block.first_row + column;
-        if (at.high >= s.batch || row >= p.rows()) return {};
+        if (at.high >= s.batch || row >= p.rows) return {};
         return source.template load<kVector>(
-            steps.offset(at.high, block.group * p.rows() + row, at.middle, at.low), at.middle,
+            steps.offset(at.high, block.group * p.rows + row, at.middle, at.low), at.middle,
             at.low);
     };
     auto fetch_right = [&](const Odometer& at, int column) -> Vector<T, kVector> {
-        const Column tap = columns[column];
+        const Column tap = kChannelsLast ? own : columns[column];
         const std::int64_t y = at.middle * s.stride_h, x = at.low * s.stride_w;
         const bool inside = at.high < s.batch && y + tap.y >= 0 && y + tap.y < from.height &&
                             x + tap.x >= 0 && x + tap.x < from.width;
         if (!inside) return {};
         return load_vector<T, kVector>(image + from.offset(at.high, 0, y, x) + tap.offset);
     };
-    auto fetch = [&]() {
+    // The column of load i, and where that goes.
+    const auto column_of = [&](int i) {
+        return kChannelsLast ? load_column : load_column + i * kStep;
+    };
+    const auto slot = [&](int buffer, int i) {
+        const int k = kChannelsLast ? load_k + i * kStep : load_k;
+        return buffer * kDepth * kSide + tile_slot<kSide>(k, column_of(i));
+    };
+    const auto put_left = [&](int buffer, int i, const Left& loaded) {
+        auto values = convert<V>(loaded);
+        if (p.rectify) rectify_all(values);
+        store_vector(left + slot(buffer, i), values);
+    };
+    // What is gathered goes to the free buffer at once, in a loop: unrolled it would be long.
+    constexpr bool kAtOnce = kGathers<Source>;
+    auto fetch = [&](int buffer) {
         Odometer at = pixel;
+        if constexpr (kAtOnce)
+#pragma unroll 1
+            for (int i = 0; i < kLoads; ++i) {
+                put_left(buffer, i, fetch_left(at, column_of(i)));
+                if (kChannelsLast) at.advance(step, width, height);
+            }
+        at = pixel;
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            const int column = kChannelsLast ? load_column : load_column + i * kStep;
-            staged_left[i] = fetch_left(at, column);
-            staged_right[i] = fetch_right(at, column);
+            if constexpr (!kAtOnce) staged_left[i] = fetch_left(at, column_of(i));
+            staged_right[i] = fetch_right(at, column_of(i));
             if (kChannelsLast) at.advance(step, width, height);
         }
         pixel.advance(depth, width, height);
@@ -95,41 +122,34 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     auto stash = [&](int buffer) {
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
-            const int k = kChannelsLast ? load_k + i * kStep : load_k;
-            const int column = kChannelsLast ? load_column : load_column + i * kStep;
-            const int slot = buffer * kDepth * kSide + tile_slot<kSide>(k, column);
-            auto values = convert<V>(staged_left[i]);
-            if (p.rectify)
-#pragma unroll
-                for (V& value : values.value) value = rectify(value);
-            store_vector(left + slot, values);
-            store_vector(right + slot, convert<V>(staged_right[i]));
+            if constexpr (!kAtOnce) put_left(buffer, i, staged_left[i]);
+            store_vector(right + slot(buffer, i), convert<V>(staged_right[i]));
         }
     };
 
     typename Product::Accumulator sum = {};
     const auto first = Product::first();
-    fetch();
+    fetch(0);
     stash(0);
     __syncthreads();
     for (std::int64_t chunk = 0; chunk < block.chunks; ++chunk) {
         const bool more = chunk + 1 < block.chunks;
-        const int buffer = chunk % 2 * kDepth * kSide;
-        if (more) fetch();
-        Product::multiply(first, left + buffer, right + buffer, sum);
-        if (more) stash(1 - chunk % 2);
+        const int buffer = static_cast<int>(chunk % 2), tile = buffer * kDepth * kSide;
+        if (more) fetch(1 - buffer);
+        Product::multiply(first, left + tile, right + tile, sum);
+        if (more) stash(1 - buffer);
         __syncthreads();
     }
 
 #pragma unroll
     for (int i = 0; i < Product::kRows; ++i) {
         const std::int64_t row = block.first_row + Product::row(i);
-        if (row >= p.rows()) continue;
+        if (row >= p.rows) continue;
         V* const to = partial + block.target(p, row);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const std::int64_t column = block.first_column + Product::column() + j;
-            if (column < p.columns()) to[column] = sum[i][j];
+            if (column < p.columns) to[column] = sum[i][j];
         }
     }
 }
@@ -268,8 +288,8 @@ void by_fma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, A
            0, exec, p, image.as<const T>(), source, partial);
     if (direct(s, dtype)) return;
     const PartialOrder order = {s.out_channels, kChannelsLast ? s.taps() : 1,
-                                kChannelsLast ? s.in_per_group() : p.columns(),
-                                kChannelsLast ? s.in_per_group() : p.columns()};
+                                kChannelsLast ? s.in_per_group() : p.columns,
+                                kChannelsLast ? s.in_per_group() : p.columns};
     sum_splits<T>(order, partial, p.splits, grad_weight, exec);
 }
 

@@ -228,8 +228,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
             const auto offset =
                 static_cast<std::int64_t>(std::uint64_t(at.value[1]) << 32 | at.value[0]);
             values[i] = image + offset + column.offset;
-            const bool inside = at.value[2] + column.y < image_height &&
-                                at.value[3] + column.x < image_width;
+            const bool inside =
+                at.value[2] + column.y < image_height && at.value[3] + column.x < image_width;
             bytes[i] = inside ? 16 : 0;
         }
 #pragma unroll
@@ -241,27 +241,33 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     // everywhere. If it is gathered, their rows and columns count.
     const int group = thread % kGroups, signal_piece = thread / kGroups;
     const std::int64_t row = block.first_row + signal_piece * kElements;
-    const std::int64_t channel = block.group * p.rows() + row;
+    const std::int64_t channel = block.group * p.rows + row;
     const std::int64_t own_pixel = first_pixel + Tiles::pixel(group, 0);
-    std::int64_t rest = row < p.rows() ? s.batch * s.out_height * s.out_width - own_pixel : 0;
+    int rest =
+        row < p.rows ? static_cast<int>(s.batch * s.out_height * s.out_width - own_pixel) : 0;
     std::int64_t signal = own_pixel * s.out_channels + channel;
     const Odometer between(Tiles::kBetween, width, height);
     const Odometer beyond(kDepth - 3 * Tiles::kBetween, width, height);
     Odometer map(own_pixel, width, height);
     Vector<T, kElements> staged[4];
     const auto bring_signal = [&]() {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            staged[i] = {};
-            const bool inside = i * Tiles::kBetween < rest;
-            if constexpr (kGathers<Source>) {
-                if (inside)
-                    staged[i] = convert<T>(source.template load<kElements>(
+        if constexpr (kGathers<Source>) {
+#pragma unroll 1  // they are much code, and wait for what they load in any case
+            for (int i = 0; i < 4; ++i) {
+                staged[0] = staged[1], staged[1] = staged[2], staged[2] = staged[3];
+                staged[3] = {};
+                if (i * Tiles::kBetween < rest)
+                    staged[3] = convert<T>(source.template load<kElements>(
                         p.steps.offset(map.high, channel, 0, 0), map.middle, map.low));
                 map.advance(i < 3 ? between : beyond, width, height);
-            } else if (inside) {
-                staged[i] = source.template load<kElements>(
-                    signal + i * Tiles::kBetween * s.out_channels, 0, 0);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                staged[i] = {};
+                if (i * Tiles::kBetween < rest)
+                    staged[i] = source.template load<kElements>(
+                        signal + i * Tiles::kBetween * s.out_channels, 0, 0);
             }
         }
         signal += kDepth * s.out_channels;
@@ -270,9 +276,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     const auto store_signal = [&](Piece* tile) {
         if (p.rectify)
 #pragma unroll
-            for (auto& vector : staged)
-#pragma unroll
-                for (T& value : vector.value) value = rectify(value);
+            for (auto& vector : staged) rectify_all(vector);
         if constexpr (std::is_same_v<Factors, Tf32>)
 #pragma unroll
             for (auto& vector : staged)
@@ -323,7 +327,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         for (int e = 0; e < 2; ++e) {
             const std::int64_t result_row =
                 block.first_row + Tile::first_column() + 8 * j + threadIdx.x % 4 * 2 + e;
-            if (result_row >= p.rows()) continue;
+            if (result_row >= p.rows) continue;
             float* const to = partial + block.target(p, result_row);
 #pragma unroll
             for (int i = 0; i < Tile::kWarpM / 16; ++i)
@@ -333,7 +337,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
                     Vector<float, Tiles::kRun> run;
 #pragma unroll
                     for (int r = 0; r < Tiles::kRun; ++r) run.value[r] = sum[i][j][2 * (h + r) + e];
-                    if (result < p.columns()) store_vector(to + result, run);
+                    if (result < p.columns) store_vector(to + result, run);
                 }
         }
 }

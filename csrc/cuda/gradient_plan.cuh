@@ -20,13 +20,12 @@ inline dim3 gradient_grid(std::int64_t blocks) {
 
 struct GradientPlan {
     ConvShape s;
-    TapSteps steps;             // of the signal
-    std::int64_t split_pixels;  // a multiple of every tile's depth
+    TapSteps steps;              // of the signal
+    std::int64_t rows, columns;  // of a group
+    std::int64_t split_pixels;   // a multiple of every tile's depth
     int splits, row_tiles, column_tiles;
     bool rectify;
 
-    ZF_HD std::int64_t rows() const { return s.out_per_group(); }
-    ZF_HD std::int64_t columns() const { return s.in_per_group() * s.taps(); }
     dim3 grid() const { return gradient_grid(splits * s.groups * row_tiles * column_tiles); }
 };
 
@@ -54,7 +53,7 @@ struct GradientBlock {
 
     // Where result (row, 0) of the tile goes among the partial gradients.
     __device__ std::int64_t target(const GradientPlan& p, std::int64_t row) const {
-        return (split * p.s.out_channels + group * p.rows() + row) * p.columns();
+        return (split * p.s.out_channels + group * p.rows + row) * p.columns;
     }
 };
 
@@ -73,7 +72,7 @@ struct alignas(16) Column {
         const std::int64_t row = tap / s.kernel_w * s.dilation_h - s.padding_h;
         const std::int64_t column = tap % s.kernel_w * s.dilation_w - s.padding_w;
         offset = from.offset(0, group * s.in_per_group() + i, row, column);
-        y = j < p.columns() ? static_cast<int>(row) : kOutside;
+        y = j < p.columns ? static_cast<int>(row) : kOutside;
         x = static_cast<int>(column);
     }
 };
@@ -104,9 +103,11 @@ inline std::int64_t weights(const ConvShape& s) {
     return s.out_channels * s.in_per_group() * s.taps();
 }
 
-// Whether the tensor cores can serve: NHWC with a signal of whole pieces of channels.
+// Whether the tensor cores can serve: NHWC with a signal of whole pieces of channels, and pixels
+// that 32 bits count.
 inline bool gradient_pieces(const ConvShape& s, Dtype dtype) {
     return s.channels_last && dtype != Dtype::float64 && whole_pieces<true>(s, dtype) &&
+           s.batch * s.out_height * s.out_width < std::numeric_limits<int>::max() &&
            s.in_height + 2 * s.padding_h < 1 << 28 && s.in_width + 2 * s.padding_w < 1 << 28;
 }
 
@@ -120,12 +121,15 @@ inline ConvShape filled_shape(ConvShape s, Dtype dtype) {
 inline GradientPlan gradient_plan(const ConvShape& s, const TapSteps& steps, Gate gate,
                                   std::int64_t side) {
     const Splits splits = weight_splits(s, side);
+    const std::int64_t rows = s.out_per_group(), columns = s.in_per_group() * s.taps();
     return {s,
             steps,
+            rows,
+            columns,
             splits.units,
             static_cast<int>(splits.count),
-            static_cast<int>(divide_up(s.out_per_group(), side)),
-            static_cast<int>(divide_up(s.in_per_group() * s.taps(), side)),
+            static_cast<int>(divide_up(rows, side)),
+            static_cast<int>(divide_up(columns, side)),
             (static_cast<int>(gate) & kRectify) != 0};
 }
 
