@@ -1,4 +1,4 @@
-"""The weight gradient of channels_last on CUDA's tensor cores: values by a model of each numeric mode, what chooses it."""
+"""Weight gradients of channels_last on CUDA's tensor cores: values by a model of each numeric mode, what chooses it."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def pairs(options: dict) -> list:
     return [*([v, v] if isinstance(v, int) else list(v) for v in values), options.get("groups", 1)]
 
 
-#: image, maps, kernel, the rest: sums off every chunk, several splits of them; results off both tiles; channels that are
-#: filled up, alone and in groups; stride, padding, dilation, padding alone; signals that the tensor cores do not serve.
+#: image, maps, kernel, the rest: sums off every chunk, several splits of them; results off both tiles; channels that
+#: are filled up, alone and in groups; stride, padding, dilation, padding alone; signals that they do not serve.
 CASES = [
     ((2, 8, 9, 8), 16, (3, 3), {"stride": 2, "padding": 1}),
     ((2, 8, 12, 11), 24, (2, 3), {"padding": (0, 1)}),
@@ -137,3 +137,109 @@ def test_of_an_unpooled_signal(backend, mode, gate, overlap, channels, maps, opt
     if gate in ("deconvnet", "guided"):
         unpooled = unpooled.relu()
     check_model(actual, image, unpooled, (3, 3), options, mode)
+
+
+@CUDA
+@pytest.mark.parametrize("mode", MODES, indirect=True)
+def test_whole_numbers_are_exact(backend, mode):
+    """What eleven bits hold is multiplied as it is."""
+    image, signal = whole_numbers(2, 8, 9, 8, top=1023), whole_numbers(2, 16, 9, 8, seed=1, top=3)
+    weight = torch.empty(16, 8, 3, 3)
+    for left, right in ((image, signal), (signal[:, :8], image.repeat(1, 2, 1, 1))):
+        tensors = placed(mode, backend.device, left, right)
+        actual, _ = conv2d_weight_gradient(
+            *tensors, None, weight.to(backend.device), *pairs({"padding": 1}), "none", False
+        )
+        assert torch.equal(actual.cpu().double(), gradient(left, right, (3, 3), {"padding": 1}))
+
+
+@CUDA
+@pytest.mark.parametrize("mode", ["tf32"], indirect=True)
+def test_tf32_rounds_the_signal_without_a_bias(backend, mode):
+    """The image is exact, so what is lost of sums of positive numbers is the signal's: 2^-11.5 of them if truncated."""
+    image = torch.ones(1, 4, 40, 40)
+    signal = torch.exp(4 * normal(1, 64, 40, 40))  # of every size
+    weight = torch.empty(64, 4, 1, 1)
+    tensors = placed(mode, backend.device, image, signal)
+    actual, _ = conv2d_weight_gradient(*tensors, None, weight.to(backend.device), *pairs({}), "none", False)
+    terms = signal.float().double()
+    error = nudged(terms).double() / terms - 1
+    assert error.abs().max() < 0.73 * 2**-10
+    assert error.mean().abs() < 2**-15 < 2**-12 < (1 - truncated(terms).double() / terms).mean()
+    exact = terms.sum((0, 2, 3))
+    assert ((actual[:, 0, 0, 0].cpu().double() - exact).abs() < 0.73 * 2**-10 * exact).all()
+
+
+@CUDA
+def test_ieee_is_more_exact_than_3xtf32_and_that_than_tf32(backend):
+    """The modes differ, so each was chosen; what they promise holds."""
+    image, signal = normal(2, 8, 12, 12), normal(2, 16, 12, 12, seed=1)
+    left, right = (t.float().double() for t in (image, signal))
+    exact = gradient(left, right, (3, 3), {"padding": 1})
+    size = gradient(left.abs(), right.abs(), (3, 3), {"padding": 1})
+    error = {}
+    for name in ("ieee", *MODES):
+        with zfcuda.set_fp32_precision(name):
+            tensors = placed(name, backend.device, image, signal)
+            weight = torch.empty(16, 8, 3, 3, device=backend.device)
+            actual, _ = conv2d_weight_gradient(*tensors, None, weight, *pairs({"padding": 1}), "none", False)
+        error[name] = ((actual.cpu().double() - exact).abs() / size).max()
+    assert error["ieee"] < 2**-21 and error["3xtf32"] < 2**-19 and 2**-14 < error["tf32"] < 2**-9
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("where", ["image", "signal"])
+def test_what_is_not_finite(backend, mode, value, where):
+    """It reaches the results that it reaches by torch, and no other; 3xtf32 makes NaN of infinities."""
+    image, signal = normal(1, 8, 6, 6), normal(1, 16, 6, 6, seed=1)
+    (image if where == "image" else signal)[0, 2, 3, 1] = float(value)
+    weight = torch.empty(16, 8, 3, 3)
+    left, right, filters = placed(mode, backend.device, image, signal, weight)
+    actual, _ = conv2d_weight_gradient(left, right, None, filters, *pairs({"padding": 1}), "deconvnet", False)
+    signal = torch.where(signal < 0, 0, signal)
+    expected = gradient(image, signal, (3, 3), {"padding": 1})
+    if mode == "3xtf32":
+        expected[~expected.isfinite()] = float("nan")
+    rtol = 2**-6  # two roundings to eight bits, and some
+    torch.testing.assert_close(actual.cpu().double(), expected, rtol=rtol, atol=rtol * 20, equal_nan=True)
+
+
+@CUDA
+@IN_EACH_MODE
+@pytest.mark.parametrize("which", ["image", "signal"])
+def test_misaligned_memory(backend, mode, which):
+    """What 16-byte copies cannot read is multiplied by FMA."""
+    dtype = HALVES.get(mode, torch.float32)
+
+    def shifted(values: Tensor) -> Tensor:
+        memory = torch.empty(values.numel() + 1, device=backend.device, dtype=dtype)
+        size = [values.size(i) for i in (0, 2, 3, 1)]
+        return memory[1:].view(size).movedim(3, 1).copy_(values)
+
+    image, signal = normal(1, 8, 5, 5), normal(1, 16, 5, 5, seed=1)
+    tensors = placed(mode, backend.device, image, signal)
+    tensors[which == "signal"] = shifted((image, signal)[which == "signal"])
+    weight = torch.empty(16, 8, 3, 3, device=backend.device, dtype=dtype)
+    actual, _ = conv2d_weight_gradient(*tensors, None, weight, *pairs({"padding": 1}), "none", False)
+    check_model(actual, image, signal, (3, 3), {"padding": 1}, mode if mode in HALVES else "by FMA")
+
+
+@pytest.mark.parametrize("backend", ["simt"], indirect=True)
+@IN_EACH_MODE
+def test_older_architectures_multiply_by_fma(backend, mode, emulator, monkeypatch):
+    """Or by those tensor cores that sm_75 has; the emulator stops at an instruction that it has not."""
+    image, signal = normal(1, 8, 5, 5), normal(1, 16, 5, 5, seed=1)
+    monkeypatch.setattr(emulator, "arch", 75)
+    left, right, weight = placed(mode, backend.device, image, signal, torch.empty(16, 8, 3, 3))
+    actual, _ = conv2d_weight_gradient(left, right, None, weight, *pairs({"padding": 1}), "none", False)
+    check_model(actual, image, signal, (3, 3), {"padding": 1}, mode if mode in HALVES else "by FMA")
+
+
+@CUDA
+@IN_EACH_MODE
+def test_no_images(backend, mode):
+    left, right, weight = placed(mode, backend.device, normal(0, 8, 5, 5), normal(0, 16, 5, 5), torch.ones(16, 8, 3, 3))
+    actual, bias = conv2d_weight_gradient(left, right, None, weight, *pairs({"padding": 1}), "none", True)
+    assert not actual.any() and not bias.any() and actual.shape == weight.shape

@@ -9,150 +9,29 @@
 //   k = pixels (n,y,x)   | image     |
 //   of one split         | under tap |
 //   +--------------------+-----------+
-//   | signal             | gradient  |   rows o; 64 x 64 results a block, 4 x 4 a thread
+//   | signal             | gradient  |   rows o
 //   +--------------------+-----------+
 //
 // Work: 2 * batch * out pixels * weights operations. The sum is as long as the batch has pixels
-// while the result is small, so blocks share the pixels too: each split writes its own
-// partial gradient into the workspace, and a second pass adds the splits in order (deterministic).
-// The number of splits depends on the shape alone. Lanes run along pixels in NCHW and along
-// channels in NHWC (by four where they are a multiple of four): neighbours in memory either way.
-// The gate acts while the signal is loaded. Where the signal is pooled, the maps are gathered in
-// its place (unpooled_source.cuh), and never in memory. Static: at most 128 registers a thread in
-// float32, 17 KiB of shared memory; FFMA are 33 % of the main loop in NCHW, 25 % in NHWC and 53 %
-// by four channels (sm_90): addresses cost most here. Measured: not yet, for want of a GPU; `make
-// bench` on one fills this line.
+// while the result is small, so blocks share the pixels too: each split writes its own partial
+// gradient into the workspace, and a second pass adds the splits in order (deterministic), puts
+// what NHWC has as (o, tap, i) into the weight's order, and rounds. The number of splits depends on
+// the shape alone; the tiles of all splits are just under kBlocks, that is, whole waves. The gate
+// acts while the signal is loaded. Where the signal is pooled, the maps are gathered in its place
+// (unpooled_source.cuh), and never in memory.
+//
+//   product             for                                                         results a block
+//   gradient_mma.cuh    NHWC with whole pieces of 16 bytes of output channels, on   128 x 128
+//                       the tensor cores: halves, float32 in tf32 and tf32x3        64 x 64
+//   gradient_fma.cuh    all else: NCHW, float64, ieee, other channels               64 x 64
+//
+// Measured: not yet, for want of a GPU; `make bench` on one fills this line.
+#include "gradient_fma.cuh"
 #include "gradient_mma.cuh"
 #include "tap_mma.cuh"
-#include "tap_product.cuh"
 
 namespace zfcuda {
 namespace {
-
-constexpr int kSide = 64;  // of the tile of results by FMA
-
-template <typename T, bool kChannelsLast, int kVector, typename Source>
-__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
-    weight_gradient_kernel(GradientPlan p, const T* image, Source source, Sum<T>* partial) {
-    using V = Sum<T>;
-    using Product = Tile<V, kSide, kSide>;
-    constexpr int kDepth = Product::kDepth, kPack = Pack<V>::size;
-    ZF_SHARED(Pack<V>, left_tiles, 2 * kDepth * kSide / kPack);
-    ZF_SHARED(Pack<V>, right_tiles, 2 * kDepth * kSide / kPack);
-    ZF_SHARED(Column, columns, kChannelsLast ? 1 : kSide);
-    V* const left = reinterpret_cast<V*>(left_tiles);
-    V* const right = reinterpret_cast<V*>(right_tiles);
-    const ConvShape& s = p.s;
-    Layout from = s.image();
-    TapSteps steps = p.steps;
-    from.channels_last = kChannelsLast;  // known to the compiler
-    if (kChannelsLast) steps.channel = 1;
-    const int thread = threadIdx.x;
-    const auto block = GradientBlock::find<kSide, kDepth>(p);
-
-    // A thread brings kLoads packs of each tile: NCHW at one pixel (lanes along pixels), NHWC at
-    // one column (lanes along columns).
-    constexpr int kLanes = kChannelsLast ? kSide / kVector : kDepth;
-    constexpr int kStep = kTileThreads / kLanes;
-    constexpr int kLoads = kSide * kDepth / (kTileThreads * kVector);
-    const int load_k = kChannelsLast ? thread / kLanes : thread % kLanes;
-    const int load_column = kChannelsLast ? thread % kLanes * kVector : thread / kLanes;
-    const int width = static_cast<int>(s.out_width), height = static_cast<int>(s.out_height);
-    const Odometer depth(kDepth, width, height), step(kStep, width, height);
-    Odometer pixel(block.split * p.split_pixels + load_k, width, height);
-
-    // What its columns read: in NHWC one of its own, in NCHW those of all lanes.
-    const Column own(p, from, block.group, block.first_column + load_column);
-    if (!kChannelsLast) {
-        if (thread < kSide)
-            columns[thread] = Column(p, from, block.group, block.first_column + thread);
-        __syncthreads();
-    }
-
-    using Left = Vector<typename Source::Value, kVector>;
-    Left staged_left[kLoads];
-    Vector<T, kVector> staged_right[kLoads];
-    auto fetch_left = [&](const Odometer& at, int column) -> Left {
-        const std::int64_t row = block.first_row + column;
-        if (at.high >= s.batch || row >= p.rows) return {};
-        return source.template load<kVector>(
-            steps.offset(at.high, block.group * p.rows + row, at.middle, at.low), at.middle,
-            at.low);
-    };
-    auto fetch_right = [&](const Odometer& at, int column) -> Vector<T, kVector> {
-        const Column tap = kChannelsLast ? own : columns[column];
-        const std::int64_t y = at.middle * s.stride_h, x = at.low * s.stride_w;
-        const bool inside = at.high < s.batch && y + tap.y >= 0 && y + tap.y < from.height &&
-                            x + tap.x >= 0 && x + tap.x < from.width;
-        if (!inside) return {};
-        return load_vector<T, kVector>(image + from.offset(at.high, 0, y, x) + tap.offset);
-    };
-    // The column of load i, and where that goes.
-    const auto column_of = [&](int i) {
-        return kChannelsLast ? load_column : load_column + i * kStep;
-    };
-    const auto slot = [&](int buffer, int i) {
-        const int k = kChannelsLast ? load_k + i * kStep : load_k;
-        return buffer * kDepth * kSide + tile_slot<kSide>(k, column_of(i));
-    };
-    const auto put_left = [&](int buffer, int i, const Left& loaded) {
-        auto values = convert<V>(loaded);
-        if (p.rectify) rectify_all(values);
-        store_vector(left + slot(buffer, i), values);
-    };
-    // What is gathered goes to the free buffer at once, in a loop: unrolled it would be long.
-    constexpr bool kAtOnce = kGathers<Source>;
-    auto fetch = [&](int buffer) {
-        Odometer at = pixel;
-        if constexpr (kAtOnce)
-#pragma unroll 1
-            for (int i = 0; i < kLoads; ++i) {
-                put_left(buffer, i, fetch_left(at, column_of(i)));
-                if (kChannelsLast) at.advance(step, width, height);
-            }
-        at = pixel;
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            if constexpr (!kAtOnce) staged_left[i] = fetch_left(at, column_of(i));
-            staged_right[i] = fetch_right(at, column_of(i));
-            if (kChannelsLast) at.advance(step, width, height);
-        }
-        pixel.advance(depth, width, height);
-    };
-    auto stash = [&](int buffer) {
-#pragma unroll
-        for (int i = 0; i < kLoads; ++i) {
-            if constexpr (!kAtOnce) put_left(buffer, i, staged_left[i]);
-            store_vector(right + slot(buffer, i), convert<V>(staged_right[i]));
-        }
-    };
-
-    typename Product::Accumulator sum = {};
-    const auto first = Product::first();
-    fetch(0);
-    stash(0);
-    __syncthreads();
-    for (std::int64_t chunk = 0; chunk < block.chunks; ++chunk) {
-        const bool more = chunk + 1 < block.chunks;
-        const int buffer = static_cast<int>(chunk % 2), tile = buffer * kDepth * kSide;
-        if (more) fetch(1 - buffer);
-        Product::multiply(first, left + tile, right + tile, sum);
-        if (more) stash(1 - buffer);
-        __syncthreads();
-    }
-
-#pragma unroll
-    for (int i = 0; i < Product::kRows; ++i) {
-        const std::int64_t row = block.first_row + Product::row(i);
-        if (row >= p.rows) continue;
-        V* const to = partial + block.target(p, row);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const std::int64_t column = block.first_column + Product::column() + j;
-            if (column < p.columns) to[column] = sum[i][j];
-        }
-    }
-}
 
 // partial[split][o]: a block sums one split of one channel over the images of NCHW, or of 32
 // channels over the pixels of NHWC, and then its threads as a tree.
@@ -241,7 +120,7 @@ Splits bias_splits(const ConvShape& s) {
 
 // Whether a product by FMA needs no second pass: one split that writes sums in the weight's order.
 bool direct(const ConvShape& s, Dtype dtype) {
-    return weight_splits(s, kSide).count == 1 && element_bytes(dtype) == sum_bytes(dtype) &&
+    return weight_splits(s, kFmaSide).count == 1 && element_bytes(dtype) == sum_bytes(dtype) &&
            (!s.channels_last || s.taps() == 1);
 }
 
@@ -255,7 +134,7 @@ struct Room {
             const std::int64_t sums = weight_splits(shape, side).count * weights(shape);
             if (sums * sum_bytes(dtype) > partial) partial = sums * sum_bytes(dtype);
         };
-        if (!direct(s, dtype)) add(s, kSide);
+        if (!direct(s, dtype)) add(s, kFmaSide);
         if (!gradient_pieces(s, dtype)) return;
         const ConvShape filled = filled_shape(s, dtype);
         add(filled, MediumGradientTile::kM);
@@ -281,7 +160,7 @@ void sum_splits(const PartialOrder& order, const Sum<T>* partial, std::int64_t s
 template <typename T, bool kChannelsLast, int kVector, typename Source>
 void by_fma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, Address image,
             const Source& source, Address grad_weight, Address workspace, const Exec& exec) {
-    const GradientPlan p = gradient_plan(s, steps, gate, kSide);
+    const GradientPlan p = gradient_plan(s, steps, gate, kFmaSide);
     auto* const partial = direct(s, dtype) ? grad_weight.as<Sum<T>>()
                                            : at_byte<Sum<T>>(workspace, Room(s, dtype).image);
     launch(weight_gradient_kernel<T, kChannelsLast, kVector, Source>, p.grid(), dim3(kTileThreads),

@@ -53,14 +53,16 @@ __device__ void rectify_all(Vector<T, kSize>& vector) {
 template <typename T, int kVector>
 __device__ Vector<T, kVector> load_gated(const T* from, const T* forward, std::int64_t offset) {
     Vector<T, kVector> vector = load_vector<T, kVector>(from + offset);
-    if (forward == nullptr) return vector;
-    const Vector<T, kVector> mask = load_vector<T, kVector>(forward + offset);
-    if constexpr (kPairs<T, kVector>) {
-        clear_pairs(vector, mask, [](auto pair) { return __hle2_mask(pair, decltype(pair){}); });
-    } else {
+    if (forward != nullptr) {
+        const Vector<T, kVector> mask = load_vector<T, kVector>(forward + offset);
+        if constexpr (kPairs<T, kVector>) {
+            clear_pairs(vector, mask,
+                        [](auto pair) { return __hle2_mask(pair, decltype(pair){}); });
+        } else {
 #pragma unroll
-        for (int i = 0; i < kVector; ++i)
-            if (Sum<T>(mask.value[i]) <= Sum<T>(0)) vector.value[i] = T(Sum<T>(0));
+            for (int i = 0; i < kVector; ++i)
+                if (Sum<T>(mask.value[i]) <= Sum<T>(0)) vector.value[i] = T(Sum<T>(0));
+        }
     }
     return vector;
 }
