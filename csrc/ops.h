@@ -50,7 +50,8 @@ enum class Gate : int { none = 0, deconvnet = 1, backprop = 2, guided = 3 };
 // so is whatever has no kernel for the tensor cores: a mode allows an error, it asks for none.
 //   ieee     float32 FMA
 //   tf32x3   each factor as a sum of two tf32, three products: an error like that of ieee
-//   tf32     one product: activations truncated, weights rounded
+//   tf32     one product: activations truncated, weights rounded; of a weight gradient the image
+//            truncated, the signal rounded
 enum class Precision : std::int64_t { ieee = 0, tf32x3 = 1, tf32 = 2 };
 
 // Where and how to run. CUDA: device ordinal and cudaStream_t. CPU: the number of OpenMP threads.

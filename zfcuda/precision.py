@@ -19,7 +19,8 @@ class set_fp32_precision:
         float32 as sums of two TF32: three products on the tensor cores, with an error close to that of ``"ieee"``; a
         sum that an infinity enters is NaN.
     ``"tf32"``
-        10 bits of fraction: the weights rounded, the activations truncated; sums are float32.
+        10 bits of fraction: the weights rounded, the activations truncated (in weight gradients the signal rounded, the
+        image truncated); sums are float32.
     None
         As torch allows cuDNN: ``torch.backends.cudnn.allow_tf32``, or since torch 2.9
         ``torch.backends.cudnn.conv.fp32_precision``; TF32 by default.
@@ -36,9 +37,9 @@ class set_fp32_precision:
 
     Notes
     -----
-    It holds for the whole process, as torch's own setting does. A mode allows an error and asks for none: the CPU,
-    weight gradients and what the tensor cores do not serve (contiguous layout, channels that are no multiple of
-    four, architectures before sm_80) are always ``"ieee"``, and so is float64.
+    It holds for the whole process, as torch's own setting does. A mode allows an error and asks for none: the CPU
+    and what the tensor cores do not serve (contiguous layout, channels that are no multiple of four, architectures
+    before sm_80) are always ``"ieee"``, and so is float64.
 
     Examples
     --------

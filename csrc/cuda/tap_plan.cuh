@@ -322,19 +322,12 @@ void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Addr
     });
 }
 
-// Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels or merged
-// rows, on an architecture that has them for the dtype. The transposed one runs by halos alone.
-// `addresses` are those of the source and its mask.
-template <bool kTransposed, typename... Addresses>
-Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
-    const bool pieces = whole_pieces<kTransposed>(s, dtype) ? !kTransposed || halo_fits(s)
-                                                            : rows_merge<kTransposed>(s, dtype);
-    if (dtype == Dtype::float64 || !s.channels_last || !aligned(addresses...) || !pieces ||
-        architecture(&pack_weights_kernel<float, float, kTransposed>, exec) <
-            (dtype == Dtype::float16 ? 75 : 80))
+// How the tensor cores of an architecture multiply a dtype; by FMA where they do not.
+inline Way mma_way(Dtype dtype, Precision precision, int architecture) {
+    if (dtype == Dtype::float64 || architecture < (dtype == Dtype::float16 ? 75 : 80))
         return Way::fma;
     if (dtype != Dtype::float32) return Way::halves;
-    switch (exec.precision) {
+    switch (precision) {
         case Precision::tf32:
             return Way::tf32;
         case Precision::tf32x3:
@@ -342,6 +335,18 @@ Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addr
         default:
             return Way::fma;
     }
+}
+
+// Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels or merged
+// rows, on an architecture that has them for the dtype. The transposed one runs by halos alone.
+// `addresses` are those of the source and its mask.
+template <bool kTransposed, typename... Addresses>
+Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
+    const bool pieces = whole_pieces<kTransposed>(s, dtype) ? !kTransposed || halo_fits(s)
+                                                            : rows_merge<kTransposed>(s, dtype);
+    if (!s.channels_last || !aligned(addresses...) || !pieces) return Way::fma;
+    return mma_way(dtype, exec.precision,
+                   architecture(&pack_weights_kernel<float, float, kTransposed>, exec));
 }
 
 }  // namespace zfcuda

@@ -106,19 +106,6 @@ EXPLAINED = [
     Explained(
         "tap_gemm_kernel|conv2d_relu_max_pool2d_kernel", "to[Tile::template slot<kM>(k, row)]", 2, "NHWC by one channel"
     ),
-    Explained(
-        "weight_gradient_kernel",
-        "left[slot] =",
-        4,
-        "main loop, open: the four channels of a pack could be stored as one",
-    ),
-    Explained("weight_gradient_kernel", "right[slot] =", 4, "likewise"),
-    Explained(
-        "weight_gradient_kernel",
-        "const Column tap = columns[column]",
-        4,
-        "four columns of a lane, 64 bytes apart",
-    ),
     Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
     Explained("conv2d_relu_max_pool2d", "const V value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
     Explained("pack_weights_kernel", "tile[lane * 33 + i]", 2, "halves, once a call: an odd pitch of words of two"),
@@ -156,6 +143,7 @@ def in_place_of_the_cpu(emulator: Emulator) -> Iterator[None]:
         stack.callback(_register.GUARDS.pop)
         patch.setitem(core.BACKENDS, "cpu", lambda: emulator)
         patch.setattr(core, "_address", emulator.address)
+        patch.setattr(core, "_exec", lambda device: (0, 0, 1, core.cuda_precision()))
         yield
 
 

@@ -60,6 +60,12 @@ def _gradient(dtype: str, how: str, source: str) -> str:
     return rf"weight_gradient_kernel<{dtype}, {how}, {source}Source<\w+> >$"
 
 
+def _gradient_mma(factors: str, side: str, source: str) -> str:
+    """The products of gradient_mma.cuh."""
+    tile = {"128": "128, 128, 64, 64", "64": "64, 64, 32, 64"}[side]
+    return rf"weight_gradient_mma_kernel<{factors}, MmaTile<{tile}>, {source}Source<\w+> >$"
+
+
 PRODUCTS = [
     Product(_conv("float, 128, 64, 4", "false, 1"), 0.49, 10.2),
     Product(_conv("float, 128, 64, 4", "true, 1"), 0.54, 8.0),
@@ -116,16 +122,26 @@ PRODUCTS = [
     Product(_mma_down(r"Halves<\w+>", "128, 64, 64, 32", "Unpooled"), 0.01, 2.1),
     Product(_mma_down(r"Halves<\w+>", "128, 128, 64, 64", "Unpooled"), 0.02, 3.3),
     Product(_mma_down(r"Halves<\w+>", "128, 16, 32, 16", "Unpooled"), 0.0, 0.8),
-    Product(_gradient(r"double", "false, 1", "Masked"), 0.14, 3.2),
-    Product(_gradient(r"double", "true, 1", "Masked"), 0.14, 3.6),
+    Product(_gradient(r"double", "false, 1", "Masked"), 0.13, 3.2),
+    Product(_gradient(r"double", "true, 1", "Masked"), 0.14, 4.0),
     Product(_gradient(r"\w+", "false, 1", "Masked"), 0.32, 5.3),
-    Product(_gradient(r"\w+", "true, 1", "Masked"), 0.23, 6.9),
-    Product(_gradient(r"\w+", "true, 4", "Masked"), 0.49, 7.5),
-    Product(_gradient(r"double", "false, 1", "Unpooled"), 0.05, 3.2),
-    Product(_gradient(r"double", "true, 1", "Unpooled"), 0.05, 3.6),
-    Product(_gradient(r"\w+", "false, 1", "Unpooled"), 0.05, 5.3),
-    Product(_gradient(r"\w+", "true, 1", "Unpooled"), 0.05, 6.9),
-    Product(_gradient(r"\w+", "true, 4", "Unpooled"), 0.18, 7.5),
+    Product(_gradient(r"\w+", "true, 1", "Masked"), 0.24, 8.0),
+    Product(_gradient(r"\w+", "true, 4", "Masked"), 0.51, 8.0),
+    Product(_gradient(r"double", "false, 1", "Unpooled"), 0.08, 3.5),
+    Product(_gradient(r"double", "true, 1", "Unpooled"), 0.08, 4.0),
+    Product(_gradient(r"\w+", "false, 1", "Unpooled"), 0.16, 6.4),
+    Product(_gradient(r"\w+", "true, 1", "Unpooled"), 0.15, 8.0),
+    Product(_gradient(r"\w+", "true, 4", "Unpooled"), 0.18, 8.0),
+    Product(_gradient_mma("Tf32", "128", "Masked"), 0.14, 2.0),
+    Product(_gradient_mma("Tf32", "64", "Masked"), 0.08, 1.3),
+    Product(_gradient_mma("Tf32", "128", "Unpooled"), 0.09, 2.0),
+    Product(_gradient_mma("Tf32", "64", "Unpooled"), 0.05, 1.3),
+    Product(_gradient_mma("Tf32x3", "64", "Masked"), 0.15, 4.1, converts=_SPLIT),
+    Product(_gradient_mma("Tf32x3", "64", "Unpooled"), 0.11, 4.1, converts=_SPLIT),
+    Product(_gradient_mma(r"Halves<\w+>", "128", "Masked"), 0.11, 2.7),
+    Product(_gradient_mma(r"Halves<\w+>", "64", "Masked"), 0.06, 1.6),
+    Product(_gradient_mma(r"Halves<\w+>", "128", "Unpooled"), 0.1, 2.7),
+    Product(_gradient_mma(r"Halves<\w+>", "64", "Unpooled"), 0.05, 1.6),
 ]
 
 #: Kernels that are compiled for vectors and yet load them by less than 16 bytes, and why.
