@@ -17,7 +17,15 @@
 // own 10 x 10: 1.21 times the work of the convolution alone, for maps that are never in memory.
 // The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
 // then the maps of one image at a time go through the workspace.
-// Least bytes: image + weights + output + one byte a switch.
+//
+// Where the maxima of the maps are asked for, each block leaves those of its tile in the workspace,
+// and a small kernel lets the tiles of a map meet: a value and a position for every 25 windows and
+// channel. The alternative, one atomic maximum of 64 bits a map (value over inverted position), has
+// no room for a double beside its position, and needs a kernel before this one that fills it and
+// one after it that takes it apart. Pixels that no window covers belong to the map, too: blocks go
+// on behind the last windows where there are such. Windows with gaps would leave some to no block
+// at all: then, too, the maps of one image at a time.
+// Least bytes: image + weights + output + one byte a switch (+ a value and a position a map).
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
@@ -31,7 +39,7 @@ template <typename T, typename Tile, bool kChannelsLast, int kVector>
 __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     conv2d_relu_max_pool2d_kernel(TapPlan p, PoolPlan pool, TensorSource<T> source,
                                   const Sum<T>* packed, const T* bias, T* output,
-                                  std::uint8_t* switches) {
+                                  std::uint8_t* switches, TileMaxima<Sum<T>> maxima) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
@@ -83,7 +91,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
         block.look_through<T, kPart, kTileThreads, kChannelsLast>(
             p, pool, part, maps,
             [](int pixel, int c) { return kChannelsLast ? pixel * kPart + c : c * kM + pixel; },
-            output, switches);
+            output, switches, maxima);
         __syncthreads();
     }
 }
@@ -97,7 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Source source,
                                       const typename Factors::T* packed,
                                       const typename Factors::T* bias, typename Factors::T* output,
-                                      std::uint8_t* switches) {
+                                      std::uint8_t* switches, TileMaxima<float> maxima) {
     using T = typename Factors::T;
     constexpr int kN = Tile::kN;
     ZF_DYNAMIC_SHARED(Piece, stages);
@@ -127,7 +135,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         }
     }
     __syncthreads();
-    block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches);
+    block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches, maxima);
+}
+
+constexpr int kMetMaps = 32;  // of a block of the following
+
+// The strongest of each map, from those of its tiles: lanes along channels, warps along tiles.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    conv2d_relu_max_pool2d_maximum_kernel(const Strongest<Sum<T>>* tiles, int count,
+                                          std::int64_t channels, T* values,
+                                          std::int64_t* positions) {
+    ZF_SHARED(Strongest<Sum<T>>, met, kThreads);
+    const std::int64_t blocks = (channels + kMetMaps - 1) / kMetMaps, n = blockIdx.x / blocks;
+    const std::int64_t c = blockIdx.x % blocks * kMetMaps + threadIdx.x % kMetMaps;
+    Strongest<Sum<T>> found;
+    if (c < channels)
+        for (int tile = threadIdx.x / kMetMaps; tile < count; tile += kThreads / kMetMaps)
+            found.offer(tiles[(n * count + tile) * channels + c]);
+    meet(found, met, kMetMaps, channels, n, c, values, positions);
 }
 
 // The stages of the product, and after it the maps.
@@ -141,36 +167,45 @@ int box_pixels(const ConvShape& s, Dtype dtype) {
     return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
 }
 
-// For windows that fit no block: the maps of one image at a time, behind the packed weights.
+// Whether blocks have boxes of at most so many pixels for all that is asked, chosen in the plan.
+bool in_boxes(const PoolShape& pool, bool maximum, int pixels, PoolPlan& plan) {
+    return !(maximum && pool.gaps()) && plan.choose(pixels);
+}
+
+// Where the maxima of tiles begin in the workspace: behind the packed weights.
+std::int64_t before_maxima(const ConvShape& s, Dtype dtype) {
+    return (packed_weights<false>(s, dtype) + 15) / 16 * 16;
+}
+
+// Otherwise: the maps of one image at a time, behind the packed weights.
 void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
-              Address output, Address switches, Address workspace, const Exec& exec) {
+              Address output, Address switches, Address values, Address positions,
+              Address workspace, const Exec& exec) {
     const std::int64_t images = s.batch, bytes = element_bytes(dtype);
     const Address maps{workspace.as<char>() + packed_weights<false>(s, dtype)};
     s.batch = pool.batch = 1;
     for (std::int64_t n = 0; n < images; ++n) {
-        const std::int64_t to = n * pool.output().step_image();
+        const std::int64_t to = n * pool.output().step_image(), first = n * pool.channels;
         const Address from{image.as<char>() + n * s.image().step_image() * bytes};
-        conv2d(s, dtype, Gate::none, from, weight, bias, Address{}, maps, workspace, exec);
-        max_pool2d(pool, dtype, true, maps, Address{output.as<char>() + to * bytes},
-                   Address{switches.as<char>() + to}, exec);
+        const Address pooled{output.as<char>() + to * bytes}, bits{switches.as<char>() + to};
+        conv2d(s, dtype, Gate::deconvnet, from, weight, bias, Address{}, maps, workspace, exec);
+        max_pool2d(pool, dtype, true, maps, pooled, bits, exec);
+        if (values)
+            map_maximum(pool, dtype, maps, pooled, bits, Address{values.as<char>() + first * bytes},
+                        Address{positions.as<std::int64_t>() + first}, exec);
     }
 }
 
-}  // namespace
-
-std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
-                                              Dtype dtype, const Exec&) {
-    const std::int64_t packed = packed_weights<false>(s, dtype);
-    if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed;
-    return packed + s.maps().step_image() * element_bytes(dtype);
+// The maxima of tiles, null where nobody asks, lie behind the packed weights.
+Address tile_maxima(const ConvShape& s, Dtype dtype, Address values, Address workspace) {
+    if (!values) return {};
+    return {workspace.as<char>() + (packed_weights<false>(s, dtype) + 15) / 16 * 16};
 }
 
-void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
-                            Address weight, Address bias, Address output, Address switches,
-                            Address workspace, const Exec& exec) {
-    PoolPlan plan(pool);
-    if (!plan.choose(box_pixels(s, dtype)))
-        return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
+// By blocks with boxes of the plan, which it makes smaller for the tensor cores.
+void by_boxes(const ConvShape& s, PoolPlan& plan, Dtype dtype, Address image, Address weight,
+              Address bias, Address output, Address switches, Address maxima, Address workspace,
+              const Exec& exec) {
     Way way = tap_way<false>(s, dtype, exec, image);
     if (way != Way::fma && !plan.choose(kMmaPixels)) way = Way::fma;
     pack_weights<false>(s, dtype, way, weight, workspace, exec);
@@ -191,7 +226,8 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                 launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, Source>, blocks,
                        dim3(Tile::kThreads), kMmaBytes<Tile>, exec, p, plan, source,
                        workspace.as<const T>(), bias.as<const T>(), output.as<T>(),
-                       switches.as<std::uint8_t>());
+                       switches.as<std::uint8_t>(),
+                       TileMaxima<float>{maxima.as<Strongest<float>>()});
             };
             const MergedSource<T> merged{image.as<const T>()};
             const TensorSource<T> tensor{image.as<const T>()};
@@ -212,7 +248,43 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         launch(conv2d_relu_max_pool2d_kernel<T, Tile, Variant::kChannelsLast, Variant::kVector>,
                blocks, dim3(kTileThreads), 0, exec, p, plan, TensorSource<T>{image.as<const T>()},
                workspace.as<const Sum<T>>(), bias.as<const T>(), output.as<T>(),
-               switches.as<std::uint8_t>());
+               switches.as<std::uint8_t>(), TileMaxima<Sum<T>>{maxima.as<Strongest<Sum<T>>>()});
+    });
+}
+
+}  // namespace
+
+std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
+                                              Dtype dtype, bool maximum, const Exec&) {
+    const std::int64_t packed = packed_weights<false>(s, dtype);
+    PoolPlan plan(pool, maximum);
+    if (!in_boxes(pool, maximum, box_pixels(s, dtype), plan))
+        return packed + s.maps().step_image() * element_bytes(dtype);
+    if (!maximum) return packed;
+    int tiles = plan.tiles();
+    if (plan.choose(kMmaPixels)) tiles = std::max(tiles, plan.tiles());
+    return packed + 15 + s.batch * tiles * s.out_channels * 2 * sum_bytes(dtype);
+}
+
+void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
+                            Address weight, Address bias, Address output, Address switches,
+                            Address values, Address positions, Address workspace,
+                            const Exec& exec) {
+    if (values && pool.in_height * pool.in_width > std::numeric_limits<int>::max())
+        throw std::runtime_error("zfcuda: the maximum of a map of over 2^31 positions");
+    PoolPlan plan(pool, bool(values));
+    if (!in_boxes(pool, bool(values), box_pixels(s, dtype), plan))
+        return by_image(s, pool, dtype, image, weight, bias, output, switches, values, positions,
+                        workspace, exec);
+    const Address maxima = tile_maxima(s, dtype, values, workspace);
+    by_boxes(s, plan, dtype, image, weight, bias, output, switches, maxima, workspace, exec);
+    if (!values) return;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        launch(conv2d_relu_max_pool2d_maximum_kernel<T>,
+               maps_grid(s.batch, s.out_channels, kMetMaps), dim3(kThreads), 0, exec,
+               maxima.as<const Strongest<Sum<T>>>(), plan.tiles(), s.out_channels, values.as<T>(),
+               positions.as<std::int64_t>());
     });
 }
 

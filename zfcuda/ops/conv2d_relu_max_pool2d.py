@@ -86,9 +86,34 @@ def conv2d_relu_max_pool2d(
     equal but for rounding, the switch may differ from that of a convolution that adds in another order, torch's
     for one.
     """
+    window = pool_kernel_size, pool_stride, pool_padding, pool_dilation
+    arguments = checked(input, weight, bias, stride, padding, dilation, groups, *window, pool_ceil_mode)
+    if out is None:
+        return _conv2d_relu_max_pool2d(*arguments)
+    output, switches = outputs(out, 2)
+    refuse_gradients("conv2d_relu_max_pool2d", input, weight, bias, output)
+    _conv2d_relu_max_pool2d_out(*arguments, output, switches)
+    return output, switches
+
+
+def checked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    pool_kernel_size: int | Sequence[int],
+    pool_stride: int | Sequence[int] | None,
+    pool_padding: int | Sequence[int],
+    pool_dilation: int | Sequence[int],
+    pool_ceil_mode: bool,
+) -> tuple[Any, ...]:
+    """The arguments of a call, of the right Python types, as registered operators take them."""
     kernel = pair("pool_kernel_size", pool_kernel_size)
     input, padding = padded(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
-    arguments = (
+    return (
         input,
         weight,
         tensor("bias", bias, optional=True),
@@ -102,15 +127,9 @@ def conv2d_relu_max_pool2d(
         pair("pool_dilation", pool_dilation),
         flag("pool_ceil_mode", pool_ceil_mode),
     )
-    if out is None:
-        return _conv2d_relu_max_pool2d(*arguments)
-    output, switches = outputs(out, 2)
-    refuse_gradients("conv2d_relu_max_pool2d", input, weight, bias, output)
-    _conv2d_relu_max_pool2d_out(*arguments, output, switches)
-    return output, switches
 
 
-def _sizes(
+def sizes(
     input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters, window: Window, ceil_mode: bool
 ) -> tuple[list[int], list[int]]:
     """The whole shapes of the maps and of their pool, after every check."""
@@ -121,7 +140,7 @@ def _sizes(
     return [*head, *maps], [*head, *window.pooled_size(maps, ceil_mode)]
 
 
-def _run(
+def run(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -130,14 +149,17 @@ def _run(
     maps: Sequence[int],
     output: Tensor,
     switches: Tensor,
+    values: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     if output.numel():
         layout = memory_format(input)
         shapes = filters.shape(input.shape, maps, weight, layout), window.shape(maps, output.shape, layout)
         where = *shapes, core.DTYPES[input.dtype]
-        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where)
+        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where, values is not None)
         tensors = dense(input, layout), weight.contiguous(), None if bias is None else bias.contiguous()
-        core.run("conv2d_relu_max_pool2d", input, *where, *tensors, output, switches, scratch)
+        results = output, switches, values, positions
+        core.run("conv2d_relu_max_pool2d", input, *where, *tensors, *results, scratch)
 
 
 @operator("conv2d_relu_max_pool2d", batched=("input",))
@@ -157,10 +179,10 @@ def _conv2d_relu_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     filters = Filters(stride, padding, dilation, groups)
     window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    maps, size = _sizes(input, weight, bias, filters, window, pool_ceil_mode)
+    maps, size = sizes(input, weight, bias, filters, window, pool_ceil_mode)
     layout = memory_format(input)
     output, switches = empty(input, size, layout), empty(input, size, layout, torch.uint8)
-    _run(input, weight, bias, filters, window, maps, output, switches)
+    run(input, weight, bias, filters, window, maps, output, switches)
     return output, switches
 
 
@@ -180,7 +202,7 @@ def _(
     pool_ceil_mode: bool,
 ) -> tuple[Tensor, Tensor]:
     window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    _, size = _sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
+    _, size = sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
     layout = memory_format(input)
     return empty(input, size, layout), empty(input, size, layout, torch.uint8)
 
@@ -204,10 +226,10 @@ def _conv2d_relu_max_pool2d_out(
 ) -> None:
     filters = Filters(stride, padding, dilation, groups)
     window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    maps, size = _sizes(input, weight, bias, filters, window, pool_ceil_mode)
+    maps, size = sizes(input, weight, bias, filters, window, pool_ceil_mode)
     check_pooled_out(output, switches, input, size, memory_format(input))
     check_apart({"out[0]": output, "out[1]": switches}, {"input": input, "weight": weight, "bias": bias})
-    _run(input, weight, bias, filters, window, maps, output, switches)
+    run(input, weight, bias, filters, window, maps, output, switches)
 
 
 @_conv2d_relu_max_pool2d_out.register_fake
@@ -228,7 +250,7 @@ def _(
     switches: Tensor,
 ) -> None:
     window = Window(pool_kernel_size, pool_stride, pool_padding, pool_dilation)
-    _, size = _sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
+    _, size = sizes(input, weight, bias, Filters(stride, padding, dilation, groups), window, pool_ceil_mode)
     check_pooled_out(output, switches, input, size, memory_format(input))
 
 

@@ -109,8 +109,6 @@ def _maximum(
     window = Window(kernel_size, stride, padding, dilation)
     pooled_size = _check(input, pooled, switches, window)
     layout = memory_format(input)
-    if max(dilation) > 1 or any(s > k for s, k in zip(stride, kernel_size, strict=True)):
-        pooled = switches = None  # gaps between and in windows
     values, positions = _allocate(input)
     if values.numel():
         where = window.shape(input.shape, pooled_size, layout), core.DTYPES[input.dtype]
