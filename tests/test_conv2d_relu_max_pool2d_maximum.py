@@ -92,8 +92,9 @@ def test_exact(backend, sample):
 @LAYOUTS
 @pytest.mark.parametrize("pool", [POOL, FLOOR, {"pool_kernel_size": 2, "pool_stride": 3}], ids=str)
 def test_the_same_bits_as_in_three_steps(backend, pool, layout, dtype):
-    """Rounded sums too, several blocks and several tiles of channels an image."""
-    inputs = tensors(normal, 2, 3, (29, 34), 70, (3, 3))
+    """Several blocks and several tiles of channels an image; on the CPU rounded sums too, for they are those of the
+    chain, term by term."""
+    inputs = tensors(normal if backend.name.startswith("cpu") else whole_numbers, 2, 3, (29, 34), 70, (3, 3))
     placed = alone(Sample(inputs, {"padding": 1, **pool})).on(backend.device, dtype, layout)
     same(placed.call(ops.conv2d_relu_max_pool2d_maximum), placed.call(chain))
 
