@@ -18,7 +18,8 @@
 //
 // Where the maxima of the maps are asked for, a row of windows offers its own while it is in the
 // cache, and what no window covers of the map comes from the ring; the bands of an image meet at
-// the end.
+// the end. To look first whether a row has a value as large as the best, without positions, lost:
+// of random images most rows have, for one lane or another.
 //
 // Measured (ZFNet, batch 8, float32, Zen 4, AVX-512, one thread, processor time, medians, calls of
 // both in turn, ours into buffers of the caller), torch 2.13's conv2d, relu_ and max_pool2d / ours:
@@ -138,18 +139,22 @@ struct PoolBand {
         const Offers<T> offers(pool);
         const std::int64_t height = pool.gaps() ? 0 : pool.covered_height();
         const std::int64_t width = pool.gaps() ? 0 : pool.covered_width();
-        for (std::int64_t v = 0, c = 0; c < columns; ++v, c += Lanes<T>::count) {
-            const std::int64_t lanes = std::min<std::int64_t>(Lanes<T>::count, columns - c);
-            Strongest<T> mine = best[v];
-            for (std::int64_t x = 0; x < pool.out_width && !pool.gaps(); ++x)
+        const auto each = [&](auto&& body) {  // body(best, channel, lanes)
+            for (std::int64_t c = 0; c < columns; c += Lanes<T>::count)
+                body(best[c / Lanes<T>::count], c,
+                     std::min<std::int64_t>(Lanes<T>::count, columns - c));
+        };
+        for (std::int64_t x = 0; x < pool.out_width && !pool.gaps(); ++x)
+            each([&](Strongest<T>& mine, std::int64_t c, std::int64_t lanes) {
                 offers.pooled(mine, pooled + x * step + c, where + x * step + c,
                               offers.corner(oy, x), 0, lanes);
-            for (std::int64_t y = plan.begin(oy); y < plan.begin(oy + 1); ++y)
-                for (std::int64_t x = y < height ? width : 0; x < pool.in_width; ++x)
+            });
+        for (std::int64_t y = plan.begin(oy); y < plan.begin(oy + 1); ++y)
+            for (std::int64_t x = y < height ? width : 0; x < pool.in_width; ++x)
+                each([&](Strongest<T>& mine, std::int64_t c, std::int64_t lanes) {
                     offers.template map<true>(mine, ring + row(y) + x * plan.pixel() + c,
                                               y * pool.in_width + x, 0, lanes);
-            best[v] = mine;
-        }
+                });
     }
 
     template <typename Read>

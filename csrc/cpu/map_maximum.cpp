@@ -3,10 +3,9 @@
 //   values[n, c] = max of input[n, c]; positions[n, c] = the first y * width + x where it is
 //
 //   +--------------------+--+   A window's first maximum is the map's where the map's lies in it,
-//   so | covered by windows |  |   pooled values and switches say what the map would in a quarter
-//   of
-//   +--------------------+  |   the bytes; what no window covers is read from the map.
-//   | rows below            |
+//   | covered by windows |  |   so pooled values and switches say what the map would, in a quarter
+//   +--------------------+  |   of the bytes; what no window covers is read from the map, and all
+//   | rows below            |   of it where windows leave gaps.
 //   +-----------------------+   In channels_last the lanes of a vector are channels, otherwise
 //                               neighbours along a row, which meet at the end.
 //

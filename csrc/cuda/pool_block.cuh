@@ -125,6 +125,8 @@ struct PoolBlock {
         using V = Sum<T>;
         constexpr int kSide = kThreads % kPart == 0 ? kPart : 32, kGroup = kThreads / kSide;
         constexpr int kSides = kPart / kSide;
+        // Lanes along windows meet on banks of their own.
+        constexpr int kPitch = kChannelsLast ? kPart : kPart + 16 / kGroup;
         const int side = kChannelsLast ? threadIdx.x % kSide : threadIdx.x / kGroup;
         const int first = kChannelsLast ? threadIdx.x / kSide : threadIdx.x % kGroup;
         const int channels = p.columns - first_column - part;  // or more
@@ -169,12 +171,12 @@ struct PoolBlock {
             maxima.found + (n * pool.tiles() + tile) * pool.output.channels + first_channel;
         __syncthreads();
 #pragma unroll
-        for (int s = 0; s < kSides; ++s) met[first * kPart + s * kSide + side] = found[s];
+        for (int s = 0; s < kSides; ++s) met[first * kPitch + s * kSide + side] = found[s];
         __syncthreads();
         const int c = threadIdx.x;
         if (c >= kPart || c >= channels) return;
         Strongest<V> strongest;
-        for (int g = 0; g < kGroup; ++g) strongest.offer(met[g * kPart + c]);
+        for (int g = 0; g < kGroup; ++g) strongest.offer(met[g * kPitch + c]);
         to[c] = strongest;
     }
 
