@@ -90,12 +90,15 @@ void max_pool2d(const PoolShape& shape, Dtype dtype, bool relu, Address input, A
                 Address switches, const Exec& exec);
 
 // max_pool2d(relu) of conv2d(image, weight, bias), whose maps never exist as a whole: `pool` is the
-// pool of the maps of `shape`, in the same layout.
+// pool of the maps of `shape`, in the same layout. With `values` and `positions`, both or neither,
+// also what map_maximum says of the rectified maps, their pool and its switches; the workspace then
+// is that with `maximum`.
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& shape, const PoolShape& pool,
-                                              Dtype dtype, const Exec& exec);
+                                              Dtype dtype, bool maximum, const Exec& exec);
 void conv2d_relu_max_pool2d(const ConvShape& shape, const PoolShape& pool, Dtype dtype,
                             Address image, Address weight, Address bias, Address output,
-                            Address switches, Address workspace, const Exec& exec);
+                            Address switches, Address values, Address positions, Address workspace,
+                            const Exec& exec);
 
 // The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the
 // shape, `unpooled` its input size. Where switches of several windows meet: their sum, or with
@@ -175,9 +178,9 @@ void crop_windows(const CropShape& shape, Address source, Address images, Addres
                   Address windows, const Exec& exec);
 
 // The maximum of each map (n, c) of the shape's input and the index (row * width + column) of its
-// first position, from the pooled values and their switches where they are given: then only
-// positions that no window covers are read from `input`, for windows without gaps (stride at most
-// kernel, dilation 1). NaN is passed over; a map of nothing but NaN gives -infinity and 0.
+// first position, from the pooled values and their switches where they are given and windows have
+// no gaps: then only positions that no window covers are read from `input`. NaN is passed over; so
+// is the window of a pooled NaN; a map of nothing but NaN gives -infinity and 0.
 // `values` (batch, channels), `positions` int64 (batch, channels).
 void map_maximum(const PoolShape& shape, Dtype dtype, Address input, Address pooled,
                  Address switches, Address values, Address positions, const Exec& exec);

@@ -73,6 +73,23 @@ struct PoolShape {
     ZF_HD Layout output() const { return {channels, out_height, out_width, channels_last != 0}; }
     ZF_HD std::int64_t outputs() const { return batch * channels * out_height * out_width; }
     ZF_HD std::int64_t inputs() const { return batch * channels * in_height * in_width; }
+    // Rows and columns of the input up to the end of the last window.
+    ZF_HD std::int64_t covered_height() const {
+        return end((out_height - 1) * stride_h - padding_h + (kernel_h - 1) * dilation_h,
+                   in_height);
+    }
+    ZF_HD std::int64_t covered_width() const {
+        return end((out_width - 1) * stride_w - padding_w + (kernel_w - 1) * dilation_w, in_width);
+    }
+    // Whether windows may leave out positions before that.
+    ZF_HD bool gaps() const {
+        return dilation_h > 1 || dilation_w > 1 || stride_h > kernel_h || stride_w > kernel_w;
+    }
+
+  private:
+    ZF_HD static std::int64_t end(std::int64_t last, std::int64_t size) {
+        return last < size ? last + 1 : size;
+    }
 };
 
 // Normalisation across channels of (batch, channels, height, width). Channel c is divided by a

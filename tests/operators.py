@@ -13,6 +13,7 @@ from typing import Any
 
 import test_conv2d_relu
 import test_conv2d_relu_max_pool2d
+import test_conv2d_relu_max_pool2d_maximum
 import test_crop_windows
 import test_deconv2d
 import test_local_response_norm
@@ -140,6 +141,16 @@ OPERATORS = [
             lambda: ops.conv2d_relu_max_pool2d(IMAGE, FILTERS, BIAS, pool_kernel_size=2),
             lambda: F.max_pool2d(F.conv2d(IMAGE, FILTERS, BIAS).relu(), 2, return_indices=True),
         ),
+    ),
+    Declared(
+        ops.conv2d_relu_max_pool2d_maximum,
+        test_conv2d_relu_max_pool2d_maximum.sample_inputs,
+        test_conv2d_relu_max_pool2d_maximum.torchs,
+        reference.conv2d_relu_max_pool2d_maximum,
+        test_conv2d_relu_max_pool2d_maximum.rounding,
+        batched=("input",),
+        unbatched=True,
+        casts=True,
     ),
     Declared(
         ops.unpool_relu_deconv2d,

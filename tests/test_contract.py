@@ -467,7 +467,7 @@ def test_autocast(declared, active):
             torch.testing.assert_close(result, function(*(t.to(expected) for t in tensors)), rtol=0, atol=0)
 
 
-@having(lambda d: d.casts)
+@having(lambda d: d.casts and d.differentiable)
 def test_gradients_come_back_through_autocast(declared):
     """In the dtype of their tensors, as those of the tensors converted by hand."""
     sample = declared.sample(torch.device("cpu"), torch.float32)

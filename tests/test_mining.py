@@ -24,8 +24,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 import zfcuda
+from zfcuda import ops
 from zfcuda.deconv import Mined, mine, mining, mining_memory
 from zfcuda.deconv.collector import strongest_positions
+from zfcuda.deconv.graph import Graph
 from zfcuda.deconv.ranking import ExactSums, Ranking
 
 LAYERS = ["0", "3", "6"]
@@ -177,6 +179,47 @@ def test_any_data(seed, count, top, per_image, batch_size, broken, size):
     mined = mine(net, dataset, **arguments)
     check(mined, net, images, top, per_image, dataset.broken)
     assert [s.index for s in mined.skipped] == sorted(dataset.broken)
+
+
+def tiny_zfnet():
+    """The paper's layers up to the third, of few maps, some of them dead, others tied."""
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 7, 2, 1), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5, 5e-4, k=2),
+        nn.Conv2d(6, 7, 5, 2), nn.ReLU(), nn.MaxPool2d(3, 2, ceil_mode=True), nn.LocalResponseNorm(5, 5e-4, k=2),
+        nn.Conv2d(7, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    for convolution in net[::4]:
+        for parameter in convolution.parameters():
+            parameter.data.normal_(generator=generator)
+        convolution.weight.data[0], convolution.bias.data[0] = 0, -1
+        convolution.weight.data[1], convolution.bias.data[1] = 0, 1
+    return net.eval()
+
+
+@pytest.mark.parametrize("gates", [("deconvnet",), ("deconvnet", "guided")], ids=["switches", "masks too"])
+@pytest.mark.parametrize(
+    ("net", "size", "layers"),
+    [(small_net, (19, 17), LAYERS), (small_net, (19, 17), ["6"]), (tiny_zfnet, (71, 64), ["0", "4", "8"])],
+    ids=["small", "its last layer", "ZFNet"],
+)
+def test_layers_with_a_pool_run_as_one(backend, monkeypatch, net, size, layers, gates):
+    """… unless a projection needs their maps; the lists, their switches and the means are the same bits as apart."""
+    net, images = net(), images_of(7, size=size)
+    images[4] = images[2]  # ties
+    called, function = [], ops.conv2d_relu_max_pool2d_maximum
+    monkeypatch.setattr(
+        ops, "conv2d_relu_max_pool2d_maximum", lambda *a, **options: (called.append(a), function(*a, **options))[1]
+    )
+    arguments = {"layers": layers, "top": 3, "batch_size": 3, "gates": gates, "progress": False}
+    fused = mine(net, Listed(images), **arguments)
+    pools = sum(isinstance(module, nn.MaxPool2d) for module in net)
+    assert len(called) == (3 * pools if gates == ("deconvnet",) else 0)
+    monkeypatch.setattr(Graph, "pooled", {})
+    called.clear()
+    assert same(mine(net, Listed(images), **arguments), fused) and not called
+    first = fused[layers[0]]
+    assert layers[0] != "0" or ((first.count == 0).any() and (first.count > 0).any())
 
 
 def test_what_is_kept_projects_as_the_images_do():

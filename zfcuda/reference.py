@@ -8,6 +8,7 @@ the operators, unchecked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,22 @@ def conv2d_relu_max_pool2d(
     """Oracle of :func:`zfcuda.ops.conv2d_relu_max_pool2d`."""
     maps = conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
     return max_pool2d(maps, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+
+
+def conv2d_relu_max_pool2d_maximum(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    **pool: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.conv2d_relu_max_pool2d_maximum`, for maps without NaN."""
+    maps = conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    pooled = max_pool2d(maps, **{name.removeprefix("pool_"): value for name, value in pool.items()})
+    return *pooled, *map_maximum(maps)
 
 
 def deconv2d(

@@ -3,79 +3,35 @@
 //   values[n, c] = max of input[n, c]; positions[n, c] = the first y * width + x where it is
 //
 //   +--------------------+--+   A window's first maximum is the map's where the map's lies in it,
-//   so | covered by windows |  |   pooled values and switches say what the map would in a quarter
-//   of
-//   +--------------------+  |   the bytes; what no window covers is read from the map.
-//   | rows below            |
+//   | covered by windows |  |   so pooled values and switches say what the map would, in a quarter
+//   +--------------------+  |   of the bytes; what no window covers is read from the map, and all
+//   | rows below            |   of it where windows leave gaps.
 //   +-----------------------+   In channels_last the lanes of a vector are channels, otherwise
 //                               neighbours along a row, which meet at the end.
 //
-// Each lane keeps its best value and position, without branches: dead maps are ties everywhere, and
-// the smaller position wins whatever the order. A switch becomes a position by a multiplication in
-// place of the division by the kernel's width, exact below 256.
 // Floor: one read of the pooled values and switches, or of the map.
-#include <limits>
-#include <stdexcept>
-
-#include "lanes.h"
 #include "parallel.h"
+#include "strongest.h"
 
 namespace zfcuda {
 namespace {
 
 template <typename T>
-struct Best {
-    using V = Lanes<T>;
-    typename V::Value value = typename V::Value{} - std::numeric_limits<Sum<T>>::infinity();
-    typename V::Integer position{};
-
-    // NaN is never taken.
-    void offer(const typename V::Value& other, const typename V::Integer& at) {
-        const typename V::Integer taken = other > value || (other == value && at < position);
-        value = taken ? other : value;
-        position = taken ? at : position;
-    }
-};
-
-template <typename T>
 struct Maximum {
     using V = Lanes<T>;
-    using Int = typename V::Int;
 
     const PoolShape& s;
+    Offers<T> offers;
     const T *input, *pooled;
     const std::uint8_t* switches;
-    typename V::Integer lane = counting();
 
-    static typename V::Integer counting() {
-        typename V::Integer lane;
-        for (int i = 0; i < V::count; ++i) lane[i] = i;
-        return lane;
-    }
-
-    // Offers `lanes` neighbours in memory from pooled value `at` on; their windows begin at
-    // position `corner`, `spread` apart.
-    void offer_pooled(Best<T>& best, std::int64_t at, std::int64_t corner, std::int64_t spread,
+    void offer_pooled(Strongest<T>& best, std::int64_t at, std::int64_t corner, std::int64_t spread,
                       std::int64_t lanes) const {
-        const auto width = static_cast<Int>(s.kernel_w), down = static_cast<Int>(s.in_width);
-        const typename V::Integer tap = V::load_bytes(switches + at, lanes);
-        const typename V::Integer row = tap * static_cast<Int>(65536 / s.kernel_w + 1) >> 16;
-        best.offer(load(pooled + at, lanes), lane * static_cast<Int>(spread) +
-                                                 static_cast<Int>(corner) + tap +
-                                                 row * (down - width));
+        offers.pooled(best, pooled + at, switches + at, corner, spread, lanes);
     }
-    void offer_input(Best<T>& best, std::int64_t at, std::int64_t position, std::int64_t spread,
-                     std::int64_t lanes) const {
-        best.offer(load(input + at, lanes),
-                   lane * static_cast<Int>(spread) + static_cast<Int>(position));
-    }
-
-    // Absent lanes lose against everything.
-    typename V::Value load(const T* from, std::int64_t lanes) const {
-        const typename V::Value absent =
-            typename V::Value{} + std::numeric_limits<Sum<T>>::quiet_NaN();
-        const typename V::Value value = V::load(from, lanes);
-        return lanes == V::count ? value : lane < static_cast<Int>(lanes) ? value : absent;
+    void offer_input(Strongest<T>& best, std::int64_t at, std::int64_t position,
+                     std::int64_t spread, std::int64_t lanes) const {
+        offers.map(best, input + at, position, spread, lanes);
     }
 
     // body(from, y, x): all pooled values, then the positions that no window covers; x goes in
@@ -86,11 +42,9 @@ struct Maximum {
         if (pooled) {
             for (std::int64_t y = 0; y < s.out_height; ++y)
                 for (std::int64_t x = 0; x < s.out_width; x += step)
-                    from_pool(
-                        y, x,
-                        (y * s.stride_h - s.padding_h) * s.in_width + x * s.stride_w - s.padding_w);
-            rows = (s.out_height - 1) * s.stride_h - s.padding_h + s.kernel_h;
-            columns = (s.out_width - 1) * s.stride_w - s.padding_w + s.kernel_w;
+                    from_pool(y, x, offers.corner(y, x));
+            rows = s.covered_height();
+            columns = s.covered_width();
         }
         for (std::int64_t y = 0; y < s.in_height; ++y)
             for (std::int64_t x = y < rows ? columns : 0; x < s.in_width; x += step)
@@ -100,7 +54,7 @@ struct Maximum {
     // `vectors` vectors of channels of image n, or what is left of them, from channel c on.
     template <int vectors>
     void channels(std::int64_t n, std::int64_t c, T* values, std::int64_t* positions) const {
-        Best<T> best[vectors];
+        Strongest<T> best[vectors];
         const auto lanes = [&](int v) {
             return std::min<std::int64_t>(V::count, s.channels - c - v * V::count);
         };
@@ -125,7 +79,7 @@ struct Maximum {
 
     // One contiguous map.
     void plane(std::int64_t n, std::int64_t c, T* value, std::int64_t* position) const {
-        Best<T> best;
+        Strongest<T> best;
         for_all(
             V::count,
             [&](std::int64_t y, std::int64_t x, std::int64_t corner) {
@@ -150,11 +104,10 @@ struct Maximum {
 
 void map_maximum(const PoolShape& s, Dtype dtype, Address input, Address pooled, Address switches,
                  Address values, Address positions, const Exec& exec) {
-    if (s.in_height * s.in_width > std::numeric_limits<std::int32_t>::max())
-        throw std::runtime_error("zfcuda: map_maximum of maps of over 2^31 positions");
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        const Maximum<T> maximum{s, input.as<const T>(), pooled.as<const T>(),
+        const Maximum<T> maximum{s, Offers<T>(s), input.as<const T>(),
+                                 s.gaps() ? nullptr : pooled.as<const T>(),
                                  switches.as<const std::uint8_t>()};
         auto* best = values.as<T>();
         auto* at = positions.as<std::int64_t>();

@@ -18,7 +18,15 @@
 // are never in memory.
 // The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
 // then the maps of one image at a time go through the workspace, behind what its convolution needs.
-// Least bytes: image + weights + output + one byte a switch.
+//
+// Where the maxima of the maps are asked for, each block leaves those of its tile in the workspace,
+// and a small kernel lets the tiles of a map meet: a value and a position for every 25 windows and
+// channel. The alternative, one atomic maximum of 64 bits a map (value over inverted position), has
+// no room for a double beside its position, and needs a kernel before this one that fills it and
+// one after it that takes it apart. Pixels that no window covers belong to the map, too: blocks go
+// on behind the last windows where there are such. Windows with gaps would leave some to no block
+// at all: then, too, the maps of one image at a time.
+// Least bytes: image + weights + output + one byte a switch (+ a value and a position a map).
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
@@ -32,7 +40,7 @@ template <typename T, typename Tile, bool kChannelsLast, int kVector>
 __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     conv2d_relu_max_pool2d_kernel(TapPlan p, PoolPlan pool, TensorSource<T> source,
                                   const Sum<T>* packed, const T* bias, T* output,
-                                  std::uint8_t* switches) {
+                                  std::uint8_t* switches, TileMaxima<Sum<T>> maxima) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
@@ -84,7 +92,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
         block.look_through<T, kPart, kTileThreads, kChannelsLast>(
             p, pool, part, maps,
             [](int pixel, int c) { return kChannelsLast ? pixel * kPart + c : c * kM + pixel; },
-            output, switches);
+            output, switches, maxima);
         __syncthreads();
     }
 }
@@ -149,7 +157,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Loop loop,
                                       const typename Factors::T* packed,
                                       const typename Factors::T* bias, typename Factors::T* output,
-                                      std::uint8_t* switches) {
+                                      std::uint8_t* switches, TileMaxima<float> maxima) {
     using T = typename Factors::T;
     constexpr int kN = Tile::kN;
     ZF_DYNAMIC_SHARED(Piece, memory);
@@ -177,7 +185,25 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         }
     }
     __syncthreads();
-    block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches);
+    block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches, maxima);
+}
+
+constexpr int kMetMaps = 32;  // of a block of the following
+
+// The strongest of each map, from those of its tiles: lanes along channels, warps along tiles.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    conv2d_relu_max_pool2d_maximum_kernel(const Strongest<Sum<T>>* tiles, int count,
+                                          std::int64_t channels, T* values,
+                                          std::int64_t* positions) {
+    ZF_SHARED(Strongest<Sum<T>>, met, kThreads);
+    const std::int64_t blocks = (channels + kMetMaps - 1) / kMetMaps, n = blockIdx.x / blocks;
+    const std::int64_t c = blockIdx.x % blocks * kMetMaps + threadIdx.x % kMetMaps;
+    Strongest<Sum<T>> found;
+    if (c < channels)
+        for (int tile = threadIdx.x / kMetMaps; tile < count; tile += kThreads / kMetMaps)
+            found.offer(tiles[(n * count + tile) * channels + c]);
+    meet(found, met, kMetMaps, channels, n, c, values, positions);
 }
 
 // The largest box that any tile's product has as its rows, by dtype and columns.
@@ -185,63 +211,83 @@ int box_pixels(const ConvShape& s, Dtype dtype) {
     return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
 }
 
-// For windows that fit no block: the maps of one image at a time, behind the convolution's
-// workspace.
+// The plan of the product on the tensor cores: the loop that the convolution by itself would have,
+// so that the sums are the same.
+struct MmaBoxes {
+    TapPlan p;
+    int bytes, pieces;  // of an element; of a pixel
+    bool by_patch, by_halo;
+    HaloPlan halo = {};
+
+    MmaBoxes(const ConvShape& s, Dtype dtype, Way way)
+        : p(tap_plan<false>(s, dtype, way, Gate::none)),
+          bytes(static_cast<int>(element_bytes(dtype))),
+          pieces(p.channels * bytes / 16),
+          by_patch(p.run != 0),
+          by_halo(!by_patch && halo_pays(p, pieces)) {
+        halo.y = halo_axis<false>(p.y), halo.x = halo_axis<false>(p.x);
+    }
+    PatchPlan patch(std::int64_t height, std::int64_t width) const {
+        return patch_plan(p, bytes, height, width, 0);
+    }
+    // Chooses boxes that its tiles hold; false if there are none.
+    bool choose(PoolPlan& plan) {
+        const bool found = plan.choose(kBlockPixels, [&](std::int64_t height, std::int64_t width) {
+            if (by_patch) return patch(height, width).bytes <= kPatchBytes;
+            return !by_halo ||
+                   (height + halo.y.span) * halo_pitch(width, halo.x.span) <= kHaloSlots;
+        });
+        if (found && by_halo) halo.set(plan.y.box + halo.y.span, plan.x.box, pieces);
+        return found;
+    }
+};
+
+// Whether blocks have boxes of at most so many pixels for all that is asked, chosen in the plan.
+bool in_boxes(const PoolShape& pool, bool maximum, int pixels, PoolPlan& plan) {
+    return !(maximum && pool.gaps()) && plan.choose(pixels);
+}
+
+// Otherwise: the maps of one image at a time, behind the convolution's workspace.
 void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
-              Address output, Address switches, Address workspace, const Exec& exec) {
+              Address output, Address switches, Address values, Address positions,
+              Address workspace, const Exec& exec) {
     const std::int64_t images = s.batch, bytes = element_bytes(dtype);
     s.batch = pool.batch = 1;
     const Address maps{workspace.as<char>() + conv2d_workspace(s, dtype, exec)};
     for (std::int64_t n = 0; n < images; ++n) {
-        const std::int64_t to = n * pool.output().step_image();
+        const std::int64_t to = n * pool.output().step_image(), first = n * pool.channels;
         const Address from{image.as<char>() + n * s.image().step_image() * bytes};
-        conv2d(s, dtype, Gate::none, from, weight, bias, Address{}, maps, workspace, exec);
-        max_pool2d(pool, dtype, true, maps, Address{output.as<char>() + to * bytes},
-                   Address{switches.as<char>() + to}, exec);
+        const Address pooled{output.as<char>() + to * bytes}, bits{switches.as<char>() + to};
+        conv2d(s, dtype, Gate::deconvnet, from, weight, bias, Address{}, maps, workspace, exec);
+        max_pool2d(pool, dtype, true, maps, pooled, bits, exec);
+        if (values)
+            map_maximum(pool, dtype, maps, pooled, bits, Address{values.as<char>() + first * bytes},
+                        Address{positions.as<std::int64_t>() + first}, exec);
     }
 }
 
-}  // namespace
-
-std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
-                                              Dtype dtype, const Exec& exec) {
-    if (PoolPlan(pool).choose(box_pixels(s, dtype))) return packed_weights<false>(s, dtype);
-    ConvShape one = s;
-    one.batch = 1;
-    return conv2d_workspace(one, dtype, exec) + s.maps().step_image() * element_bytes(dtype);
+// The maxima of tiles, null where nobody asks, lie behind the packed weights.
+Address tile_maxima(const ConvShape& s, Dtype dtype, Address values, Address workspace) {
+    if (!values) return {};
+    return {workspace.as<char>() + (packed_weights<false>(s, dtype) + 15) / 16 * 16};
 }
 
-void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
-                            Address weight, Address bias, Address output, Address switches,
-                            Address workspace, const Exec& exec) {
-    PoolPlan plan(pool);
-    if (!plan.choose(box_pixels(s, dtype)))
-        return by_image(s, pool, dtype, image, weight, bias, output, switches, workspace, exec);
-    Way way = tap_way<false>(s, dtype, exec, image);
-    TapPlan p = tap_plan<false>(s, dtype, way, Gate::none);
-    // The loop that the convolution by itself would have, so that the sums are the same.
-    const int bytes = static_cast<int>(element_bytes(dtype)), pieces = p.channels * bytes / 16;
-    const bool by_patch = p.run != 0, by_halo = !by_patch && halo_pays(p, pieces);
-    HaloPlan halo = {};
-    halo.y = halo_axis<false>(p.y), halo.x = halo_axis<false>(p.x);
-    const auto patch = [&](std::int64_t height, std::int64_t width) {
-        return patch_plan(p, bytes, height, width, 0);
-    };
-    const auto fits = [&](std::int64_t height, std::int64_t width) {
-        if (by_patch) return patch(height, width).bytes <= kPatchBytes;
-        return !by_halo || (height + halo.y.span) * halo_pitch(width, halo.x.span) <= kHaloSlots;
-    };
-    if (way != Way::fma && !plan.choose(kBlockPixels, fits)) {
-        way = Way::fma;
-        p = tap_plan<false>(s, dtype, way, Gate::none);
-    }
-    pack_weights<false>(s, dtype, way, weight, workspace, exec);
+// By blocks with boxes of the plan, which it makes smaller for the tensor cores.
+void by_boxes(const ConvShape& s, PoolPlan& plan, Dtype dtype, Address image, Address weight,
+              Address bias, Address output, Address switches, Address maxima, Address workspace,
+              const Exec& exec) {
+    const Way way = tap_way<false>(s, dtype, exec, image);
+    MmaBoxes mma(s, dtype, way);
+    const bool by_mma = way != Way::fma && mma.choose(plan);
+    const Way by = by_mma ? way : Way::fma;
+    pack_weights<false>(s, dtype, by, weight, workspace, exec);
+    TapPlan p = tap_plan<false>(s, dtype, by, Gate::none);
     const auto grid = [&](int columns) {
         p.column_tiles = p.padded_columns / columns;
         return tap_grid(std::int64_t(p.column_tiles) * plan.x.tiles * plan.y.tiles * p.groups *
                         s.batch);
     };
-    if (way != Way::fma)
+    if (by_mma)
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
@@ -254,23 +300,22 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                 launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, Loop>, blocks,
                        dim3(Tile::kThreads), std::max(loop.bytes(), maps), exec, p, plan, loop,
                        workspace.as<const T>(), bias.as<const T>(), output.as<T>(),
-                       switches.as<std::uint8_t>());
+                       switches.as<std::uint8_t>(),
+                       TileMaxima<float>{maxima.as<Strongest<float>>()});
             };
-            if (by_patch) {
-                const auto with_patch = [&](auto tile) {
-                    run(tile,
-                        ByPatch<Factors, decltype(tile)>{source, patch(plan.y.box, plan.x.box)});
-                };
-                return p.padded_columns % 96 == 0 ? with_patch(MergedMmaTile{})
-                                                  : with_patch(MediumMmaTile{});
-            }
-            const auto with_tile = [&](auto tile) {
+            const auto by_patch = [&](auto tile) {
+                run(tile,
+                    ByPatch<Factors, decltype(tile)>{source, mma.patch(plan.y.box, plan.x.box)});
+            };
+            const auto others = [&](auto tile) {
                 using Tile = decltype(tile);
-                if (!by_halo) return run(tile, ByTaps<Factors, Tile>{source});
-                halo.set(plan.y.box + halo.y.span, plan.x.box, pieces);
-                run(tile, ByHalo<Factors, Tile>{source, halo});
+                if (mma.by_halo) return run(tile, ByHalo<Factors, Tile>{source, mma.halo});
+                run(tile, ByTaps<Factors, Tile>{source});
             };
-            p.padded_columns == 16 ? with_tile(NarrowMmaTile{}) : with_tile(MediumMmaTile{});
+            if (mma.by_patch)
+                p.padded_columns % 96 == 0 ? by_patch(MergedMmaTile{}) : by_patch(MediumMmaTile{});
+            else
+                p.padded_columns == 16 ? others(NarrowMmaTile{}) : others(MediumMmaTile{});
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);
@@ -282,7 +327,48 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
         launch(conv2d_relu_max_pool2d_kernel<T, Tile, Variant::kChannelsLast, Variant::kVector>,
                blocks, dim3(kTileThreads), 0, exec, p, plan, TensorSource<T>{image.as<const T>()},
                workspace.as<const Sum<T>>(), bias.as<const T>(), output.as<T>(),
-               switches.as<std::uint8_t>());
+               switches.as<std::uint8_t>(), TileMaxima<Sum<T>>{maxima.as<Strongest<Sum<T>>>()});
+    });
+}
+
+}  // namespace
+
+std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
+                                              Dtype dtype, bool maximum, const Exec& exec) {
+    PoolPlan plan(pool, maximum);
+    if (!in_boxes(pool, maximum, box_pixels(s, dtype), plan)) {
+        ConvShape one = s;
+        one.batch = 1;
+        return conv2d_workspace(one, dtype, exec) + s.maps().step_image() * element_bytes(dtype);
+    }
+    const std::int64_t packed = packed_weights<false>(s, dtype);
+    if (!maximum) return packed;
+    int tiles = plan.tiles();
+    const Way way = tap_way<false>(s, dtype, exec);
+    if (way != Way::fma && MmaBoxes(s, dtype, way).choose(plan))
+        tiles = std::max(tiles, plan.tiles());
+    return packed + 15 + s.batch * tiles * s.out_channels * 2 * sum_bytes(dtype);
+}
+
+void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
+                            Address weight, Address bias, Address output, Address switches,
+                            Address values, Address positions, Address workspace,
+                            const Exec& exec) {
+    if (values && pool.in_height * pool.in_width > std::numeric_limits<int>::max())
+        throw std::runtime_error("zfcuda: the maximum of a map of over 2^31 positions");
+    PoolPlan plan(pool, bool(values));
+    if (!in_boxes(pool, bool(values), box_pixels(s, dtype), plan))
+        return by_image(s, pool, dtype, image, weight, bias, output, switches, values, positions,
+                        workspace, exec);
+    const Address maxima = tile_maxima(s, dtype, values, workspace);
+    by_boxes(s, plan, dtype, image, weight, bias, output, switches, maxima, workspace, exec);
+    if (!values) return;
+    with_dtype(dtype, [&](auto zero) {
+        using T = decltype(zero);
+        launch(conv2d_relu_max_pool2d_maximum_kernel<T>,
+               maps_grid(s.batch, s.out_channels, kMetMaps), dim3(kThreads), 0, exec,
+               maxima.as<const Strongest<Sum<T>>>(), plan.tiles(), s.out_channels, values.as<T>(),
+               positions.as<std::int64_t>());
     });
 }
 

@@ -15,26 +15,10 @@
 // matter. A switch is read only where the value reaches the thread's best so far.
 // Least bytes: pooled + a few switches (or the input, without a pool) + the border.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
-#include <cmath>
-
-#include "places.cuh"
+#include "strongest.cuh"
 
 namespace zfcuda {
 namespace {
-
-template <typename T>
-struct Best {
-    T value;
-    int position;
-
-    // NaN is never offered: it is not >= anything.
-    __device__ void offer(T other, int at) {
-        if (other > value || (other == value && at < position)) {
-            value = other;
-            position = at;
-        }
-    }
-};
 
 // A rectangle of a map, its positions counted in row-major order.
 struct Region {
@@ -56,12 +40,7 @@ struct Maximum {
     int maps;  // of a block
 
     Maximum(const PoolShape& shape, bool from_pool)
-        : Maximum(shape,
-                  from_pool ? covered(shape.out_height, shape.in_height, shape.stride_h,
-                                      shape.padding_h, shape.kernel_h)
-                            : 0,
-                  covered(shape.out_width, shape.in_width, shape.stride_w, shape.padding_w,
-                          shape.kernel_w)) {
+        : Maximum(shape, from_pool ? shape.covered_height() : 0, shape.covered_width()) {
         pooled = Region(0, 0, from_pool ? shape.out_height : 0, shape.out_width);
     }
 
@@ -74,12 +53,6 @@ struct Maximum {
           beside(0, columns, rows, shape.in_width - columns),
           below(rows, 0, shape.in_height - rows, shape.in_width),
           maps(shape.channels_last ? 32 : 1) {}
-
-    static std::int64_t covered(std::int64_t windows, std::int64_t size, std::int64_t stride,
-                                std::int64_t padding, std::int64_t kernel) {
-        const std::int64_t end = (windows - 1) * stride - padding + kernel;
-        return end < size ? end : size;
-    }
 };
 
 // body(row, column) for each position of a region that this thread looks at.
@@ -95,14 +68,14 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     map_maximum_kernel(Maximum m, const T* input, const T* pooled, const std::uint8_t* switches,
                        T* values, std::int64_t* positions) {
-    ZF_SHARED(Best<Sum<T>>, met, kThreads);
+    ZF_SHARED(Strongest<Sum<T>>, met, kThreads);
     const PoolShape& s = m.s;
     const int thread = threadIdx.x, step = kThreads / m.maps, first = thread / m.maps;
     const std::int64_t groups = (s.channels + m.maps - 1) / m.maps;
     const std::int64_t n = blockIdx.x / groups;
     const std::int64_t c = blockIdx.x % groups * m.maps + thread % m.maps;
 
-    Best<Sum<T>> best = {Sum<T>(-INFINITY), 0};
+    Strongest<Sum<T>> best;
     if (c < s.channels) {
         const int width = static_cast<int>(s.in_width);
         for_each_position(m.pooled, first, step, [&](int y, int x) {
@@ -120,32 +93,21 @@ __global__ void __launch_bounds__(kThreads)
         for_each_position(m.beside, first, step, look);
         for_each_position(m.below, first, step, look);
     }
-
-    met[thread] = best;
-    for (int half = kThreads / 2; half >= m.maps; half /= 2) {
-        __syncthreads();
-        if (thread < half) met[thread].offer(met[thread + half].value, met[thread + half].position);
-    }
-    if (first == 0 && c < s.channels) {
-        values[n * s.channels + c] = static_cast<T>(met[thread].value);
-        positions[n * s.channels + c] = met[thread].position;
-    }
+    meet(best, met, m.maps, s.channels, n, c, values, positions);
 }
 
 }  // namespace
 
 void map_maximum(const PoolShape& s, Dtype dtype, Address input, Address pooled, Address switches,
                  Address values, Address positions, const Exec& exec) {
-    const Maximum maximum(s, bool(pooled));
-    const std::int64_t blocks = s.batch * ((s.channels + maximum.maps - 1) / maximum.maps);
-    if (blocks == 0) return;
-    if (blocks > std::numeric_limits<int>::max())
-        throw std::runtime_error("zfcuda: map_maximum of over 2^31 maps");
+    const Maximum maximum(s, pooled && !s.gaps());
+    const dim3 blocks = maps_grid(s.batch, s.channels, maximum.maps);
+    if (blocks.x == 0) return;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
-        launch(map_maximum_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, exec,
-               maximum, input.as<const T>(), pooled.as<const T>(),
-               switches.as<const std::uint8_t>(), values.as<T>(), positions.as<std::int64_t>());
+        launch(map_maximum_kernel<T>, blocks, dim3(kThreads), 0, exec, maximum, input.as<const T>(),
+               pooled.as<const T>(), switches.as<const std::uint8_t>(), values.as<T>(),
+               positions.as<std::int64_t>());
     });
 }
 

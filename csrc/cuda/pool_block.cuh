@@ -3,22 +3,29 @@
 // conv2d_relu_max_pool2d.cu has the sketch.
 #pragma once
 
-#include "halo.cuh"
-#include "patch_mma.cuh"
-#include "places.cuh"
+#include "patch.cuh"
+#include "strongest.cuh"
 
 namespace zfcuda {
 
-// One dimension of the pool: `tile` windows a block, which read `box` positions of the maps.
+// One dimension of the pool: `tile` windows a block, which read `box` positions of the maps. Blocks
+// that look for the maximum of whole maps go on behind the last window, to `reach` windows, for the
+// positions from `covered` on.
 struct PoolAxis {
     int size, count;  // positions, windows
+    int covered, reach;
     int kernel, stride, padding, dilation;
     int tile, box, tiles;
 
-    PoolAxis(std::int64_t positions, std::int64_t windows, std::int64_t kernel_size,
-             std::int64_t stride_size, std::int64_t padding_size, std::int64_t dilation_size)
+    PoolAxis(std::int64_t positions, std::int64_t windows, std::int64_t covered_positions,
+             bool whole, std::int64_t kernel_size, std::int64_t stride_size,
+             std::int64_t padding_size, std::int64_t dilation_size)
         : size(static_cast<int>(positions)),
           count(static_cast<int>(windows)),
+          covered(static_cast<int>(covered_positions)),
+          reach(static_cast<int>(
+              windows +
+              (whole ? (positions - covered_positions + stride_size - 1) / stride_size : 0))),
           kernel(static_cast<int>(kernel_size)),
           stride(static_cast<int>(stride_size)),
           padding(static_cast<int>(padding_size)),
@@ -30,18 +37,20 @@ struct PoolAxis {
     void set(int windows) {
         tile = windows;
         box = static_cast<int>(box_of(windows));
-        tiles = (count + tile - 1) / tile;
+        tiles = (reach + tile - 1) / tile;
     }
 };
 
 struct PoolPlan {
     PoolAxis y, x;
-    Divisor box_width, tile_width, windows;  // of a block
+    Divisor box_width, tile_width;  // of a block
     Layout output;
 
-    explicit PoolPlan(const PoolShape& s)
-        : y(s.in_height, s.out_height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h),
-          x(s.in_width, s.out_width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w),
+    PoolPlan(const PoolShape& s, bool maximum)
+        : y(s.in_height, s.out_height, s.covered_height(), maximum, s.kernel_h, s.stride_h,
+            s.padding_h, s.dilation_h),
+          x(s.in_width, s.out_width, s.covered_width(), maximum, s.kernel_w, s.stride_w,
+            s.padding_w, s.dilation_w),
           output(s.output()) {}
 
     // Chooses the tile whose box has at most `pixels` and is right by fits(height, width); false if
@@ -50,24 +59,32 @@ struct PoolPlan {
     bool choose(int pixels, Fits&& fits) {
         std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
         int rows = 0, columns = 0;
-        for (int tall = 1; tall <= y.count && y.box_of(tall) * x.box_of(1) <= pixels; ++tall)
-            for (int wide = 1; wide <= x.count; ++wide) {
+        for (int tall = 1; tall <= y.reach && y.box_of(tall) * x.box_of(1) <= pixels; ++tall)
+            for (int wide = 1; wide <= x.reach; ++wide) {
                 const std::int64_t height = y.box_of(tall), width = x.box_of(wide);
                 if (height * width > pixels) break;
                 const std::int64_t blocks =
-                    std::int64_t((y.count + tall - 1) / tall) * ((x.count + wide - 1) / wide);
+                    std::int64_t((y.reach + tall - 1) / tall) * ((x.reach + wide - 1) / wide);
                 if (blocks < fewest && fits(height, width))
                     fewest = blocks, rows = tall, columns = wide;
             }
         if (rows == 0) return false;
         y.set(rows), x.set(columns);
-        box_width = Divisor(x.box), tile_width = Divisor(columns),
-        windows = Divisor(rows * columns);
+        box_width = Divisor(x.box), tile_width = Divisor(columns);
         return true;
     }
     bool choose(int pixels) {
         return choose(pixels, [](std::int64_t, std::int64_t) { return true; });
     }
+    ZF_HD int tiles() const { return y.tiles * x.tiles; }
+    ZF_HD int windows() const { return y.tile * x.tile; }  // of a block
+};
+
+// Where blocks leave what is strongest in the windows of each: [image][tile][channel]. Null where
+// nobody asks.
+template <typename V>
+struct TileMaxima {
+    Strongest<V>* found;
 };
 
 // A block: windows of one image, the box of pixels that they read, channels of one group.
@@ -118,42 +135,95 @@ struct PoolBlock {
         return {p.steps.offset(n, 0, y, x), y, x};
     }
 
+    // body(y, x, tap) for the positions of a window that lie inside the map, in row-major order.
+    template <typename Body>
+    __device__ static void for_taps(const PoolPlan& pool, int oy, int ox, Body&& body) {
+        for (int i = 0; i < pool.y.kernel; ++i) {
+            const int y = oy * pool.y.stride - pool.y.padding + i * pool.y.dilation;
+            if (y < 0 || y >= pool.y.size) continue;
+            for (int j = 0; j < pool.x.kernel; ++j) {
+                const int x = ox * pool.x.stride - pool.x.padding + j * pool.x.dilation;
+                if (x >= 0 && x < pool.x.size) body(y, x, i * pool.x.kernel + j);
+            }
+        }
+    }
+
     // The maximum of each window and its switch, for kPart channels from `part` of the block on,
     // of maps that lie in shared memory: channel c of pixel r at at(r, c). Lanes run along
-    // channels in NHWC, along windows in NCHW.
+    // channels in NHWC, along windows in NCHW; a thread stays with one channel, or of more than
+    // kSide with one of each kSide. With `maxima` it also keeps the strongest of its windows,
+    // whose values and positions are at hand, and the block's threads meet where the maps were.
     template <typename T, int kPart, int kThreads, bool kChannelsLast, typename At>
-    __device__ void look_through(const TapPlan& p, const PoolPlan& pool, int part,
-                                 const Sum<T>* maps, At&& at, T* output,
-                                 std::uint8_t* switches) const {
+    __device__ void look_through(const TapPlan& p, const PoolPlan& pool, int part, Sum<T>* maps,
+                                 At&& at, T* output, std::uint8_t* switches,
+                                 const TileMaxima<Sum<T>>& maxima) const {
         using V = Sum<T>;
-        const int count = static_cast<int>(pool.windows.divisor);
+        constexpr int kSide = kThreads % kPart == 0 ? kPart : 32, kGroup = kThreads / kSide;
+        constexpr int kSides = kPart / kSide;
+        // Lanes along windows meet on banks of their own.
+        constexpr int kPitch = kChannelsLast ? kPart : kPart + 16 / kGroup;
+        const int side = kChannelsLast ? threadIdx.x % kSide : threadIdx.x / kGroup;
+        const int first = kChannelsLast ? threadIdx.x / kSide : threadIdx.x % kGroup;
+        const int channels = p.columns - first_column - part;  // or more
         const std::int64_t first_channel = std::int64_t(group) * p.columns + first_column + part;
-        for (int item = threadIdx.x; item < count * kPart; item += kThreads) {
-            const int outer = kChannelsLast ? item / kPart : pool.windows.divide(item);
-            const int rest = item - outer * (kChannelsLast ? kPart : count);
-            const int window = kChannelsLast ? outer : rest, c = kChannelsLast ? rest : outer;
-            const int row = pool.tile_width.divide(window);
-            const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
-            if (oy >= pool.y.count || ox >= pool.x.count || first_column + part + c >= p.columns)
-                continue;
-            V best = V(0);
-            int where = -1;
-            for (int i = 0; i < pool.y.kernel; ++i) {
-                const int y = oy * pool.y.stride - pool.y.padding + i * pool.y.dilation;
-                if (y < 0 || y >= pool.y.size) continue;
-                for (int j = 0; j < pool.x.kernel; ++j) {
-                    const int x = ox * pool.x.stride - pool.x.padding + j * pool.x.dilation;
-                    if (x < 0 || x >= pool.x.size) continue;
-                    const V value = maps[at((y - top) * pool.x.box + x - left, c)];
-                    const bool more = value > best || value != value;
-                    if (more || where < 0) where = i * pool.x.kernel + j;
-                    if (more) best = value;
+        const bool wanted = maxima.found != nullptr;
+        Strongest<V> found[kSides];
+#pragma unroll
+        for (int s = 0; s < kSides; ++s) {
+            const int c = s * kSide + side;
+            if (c >= channels) continue;
+            const auto map = [&](int y, int x) {
+                const V value = maps[at((y - top) * pool.x.box + x - left, c)];
+                return value;
+            };
+            for (int window = first; window < pool.windows(); window += kGroup) {
+                const int row = pool.tile_width.divide(window);
+                const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
+                if (oy >= pool.y.reach || ox >= pool.x.reach) continue;
+                if (oy >= pool.y.count || ox >= pool.x.count) {
+                    look_behind(pool, oy, ox, map, found[s]);
+                    continue;
                 }
+                V best = V(0);
+                int where = -1, position = 0;
+                for_taps(pool, oy, ox, [&](int y, int x, int tap) {
+                    const V value = map(y, x);
+                    const bool more = value > best || value != value;
+                    if (more || where < 0) where = tap, position = y * pool.x.size + x;
+                    if (more) best = value;
+                });
+                const std::int64_t to = pool.output.offset(n, first_channel + c, oy, ox);
+                output[to] = static_cast<T>(best);
+                switches[to] = static_cast<std::uint8_t>(where);
+                if (wanted) found[s].offer(best, position);
             }
-            const std::int64_t to = pool.output.offset(n, first_channel + c, oy, ox);
-            output[to] = static_cast<T>(best);
-            switches[to] = static_cast<std::uint8_t>(where);
         }
+        if (!wanted) return;
+
+        auto* const met = reinterpret_cast<Strongest<V>*>(maps);
+        const int tile = first_y / pool.y.tile * pool.x.tiles + first_x / pool.x.tile;
+        Strongest<V>* const to =
+            maxima.found + (n * pool.tiles() + tile) * pool.output.channels + first_channel;
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < kSides; ++s) met[first * kPitch + s * kSide + side] = found[s];
+        __syncthreads();
+        const int c = threadIdx.x;
+        if (c >= kPart || c >= channels) return;
+        Strongest<V> strongest;
+        for (int g = 0; g < kGroup; ++g) strongest.offer(met[g * kPitch + c]);
+        to[c] = strongest;
+    }
+
+    // Offers what no window covers of the map, where a window (oy, ox) would be that the pool does
+    // not have.
+    template <typename Map, typename V>
+    __device__ static void look_behind(const PoolPlan& pool, int oy, int ox, Map&& map,
+                                       Strongest<V>& found) {
+        for_taps(pool, oy, ox, [&](int y, int x, int) {
+            if (y >= pool.y.covered || x >= pool.x.covered)
+                found.offer(rectify(map(y, x)), y * pool.x.size + x);
+        });
     }
 };
 

@@ -115,7 +115,7 @@ EXPLAINED = [
     Explained("tap_gemm_kernel", "+ vector_at.", 3, _DIVERGENT),
     Explained("local_response_norm_gradient_kernel", "sum += terms[j * kRow + pixel]", 2, _DIVERGENT),
     Explained(
-        "map_maximum_kernel",
+        "map_maximum_kernel|conv2d_relu_max_pool2d_maximum_kernel",
         "",
         3,
         "value and position of a thread are neighbours: 8 or 16 bytes a lane, read by parts",

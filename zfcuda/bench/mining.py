@@ -62,9 +62,9 @@ class Miner:
         return chosen
 
     def forward(self) -> None:
-        """The forward pass alone, by the same executor."""
-        targets = self.collector.targets
-        self.collector.net.graph.run(self.images, None, max(t.pooled_by or t.node for t in targets))
+        """The forward pass alone, by the same executor: layers with a pool run as one, as in mining."""
+        graph, last = self.collector.net.graph, max(target.last for target in self.collector.targets)
+        graph.run(self.images, None, last, dict.fromkeys(graph.pooled, lambda values, positions: None))
 
     def mine(self, open_maps: int) -> Any:
         """A batch of mining; the lists' values."""

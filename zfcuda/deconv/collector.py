@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from zfcuda import ops
 from zfcuda.deconv.batches import Batch, Label
 from zfcuda.deconv.deconvnet import DeconvNet
+from zfcuda.deconv.graph import Maxima
 from zfcuda.deconv.layers import describe
 from zfcuda.deconv.mined import Mined, MinedLayer, Skipped, Tensors
 from zfcuda.deconv.ranking import Entered, ExactSums, Ranking
@@ -58,6 +59,11 @@ class Target:
     def count(self) -> int:
         return self.maps.stop - self.maps.start
 
+    @property
+    def last(self) -> int:
+        """The node that is run for it last."""
+        return self.node if self.pooled_by is None else self.pooled_by
+
     def bytes(self, name: str) -> int:
         """Of one entry."""
         shape, dtype = self.windows[name]
@@ -66,15 +72,28 @@ class Target:
 
 @dataclass
 class Seen:
-    """What a forward pass shows of a batch: maxima (N, all maps), perhaps several candidates of a map, and switches."""
+    """What a forward pass shows of a batch: maxima, perhaps several candidates of a map, and switches.
 
-    values: NDArray[np.float32]
-    positions: NDArray[np.int64]
+    It stays where the network is, but for the candidates. The maxima's values go to the host, all of them, for their
+    means are kept too; of their positions only those of the candidates.
+    """
+
+    #: By node, values and positions (N, maps).
+    maxima: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     candidates: list[tuple[NDArray[Any], ...]] = field(default_factory=list)
     switches: dict[str, Tensor] = field(default_factory=dict)
     positive: dict[str, Tensor] = field(default_factory=dict)
     #: Images (N,) whose last map is finite.
     finite: NDArray[np.bool_] = field(default_factory=lambda: np.ones((), np.bool_))
+
+    def values(self, targets: Sequence[Target]) -> NDArray[np.float32]:
+        """Of all their maps, on the host."""
+        return torch.cat([self.maxima[t.node][0].float() for t in targets], 1).cpu().numpy()
+
+    def positions(self, targets: Sequence[Target], rows: NDArray[np.int64], maps: NDArray[np.int64]) -> NDArray[Any]:
+        """Of some of their maps in some images, on the host."""
+        every = torch.cat([self.maxima[t.node][1] for t in targets], 1)
+        return every[tuple(torch.from_numpy(i).to(every.device) for i in (rows, maps))].cpu().numpy()
 
 
 class Collector:
@@ -185,11 +204,12 @@ class Collector:
             images = batch.images.to(parameter.device, parameter.dtype)
             seen = self._look(images)
             first = batch.number * len(images)
-            finite = np.isfinite(seen.values).all(1) & seen.finite
+            strongest = seen.values(self.targets)
+            finite = np.isfinite(strongest).all(1) & seen.finite
             valid = batch.valid.numpy() & finite
             skipped += self._not_finite(first + np.nonzero(batch.valid.numpy() & ~finite)[0])
-            self._count(seen, valid)
-            maps, rows, values, positions = self._candidates(seen, valid)
+            self._count(strongest[valid])
+            maps, rows, values, positions = self._candidates(seen, strongest, valid)
             if len(maps):
                 entered = self.ranking.insert(maps, values, first + rows, positions)
                 self._keep(images, seen, entered, rows, positions)
@@ -208,15 +228,16 @@ class Collector:
 
     def _look(self, images: Tensor) -> Seen:
         """The forward pass, up to the last layer that is needed."""
-        count = self.targets[-1].maps.stop
-        seen = Seen(np.empty((len(images), count), np.float32), np.zeros((len(images), count), np.int64))
+        seen = Seen()
         wanted = {name for target in self.targets for name in target.windows}
+        last = max(target.last for target in self.targets)
+        maxima = self._of_pools(seen, wanted, last)
+        searched = [target for target in self.targets if target.node not in maxima]
         at: dict[int, list[Target]] = {}
-        for target in self.targets:
-            at.setdefault(target.node if target.pooled_by is None else target.pooled_by, []).append(target)
-        holding = {target.node for target in self.targets if target.pooled_by is not None}
+        for target in searched:
+            at.setdefault(target.last, []).append(target)
+        holding = {target.node for target in searched if target.pooled_by is not None}
         held: dict[int, Tensor] = {}
-        last = max(at)
 
         def visit(i: int, output: Tensor, switches: Tensor | None) -> None:
             node = self.net.graph.nodes[i]
@@ -236,15 +257,22 @@ class Collector:
             if i == last:
                 seen.finite = output.flatten(1).isfinite().all(1).cpu().numpy()
 
-        self.net.graph.run(images, visit, last)
+        self.net.graph.run(images, visit, last, maxima)
         return seen
+
+    def _of_pools(self, seen: Seen, wanted: set[str], last: int) -> dict[int, Maxima]:
+        """The convolutions of whose maps nobody needs more than the maxima, and where these go."""
+        several = {target.node for target in self.targets if self.settings.per_image != 1}
+        return {
+            node: lambda *found, node=node: seen.maxima.update({node: found})
+            for node, pool in self.net.graph.pooled.items()
+            if pool <= last and node not in several and f"positive.{self.net.graph.nodes[node].name}" not in wanted
+        }
 
     def _maxima(self, seen: Seen, target: Target, map_: Tensor, *pool: Any) -> None:
         if map_.dim() == 2:  # a unit is a map of one position
             map_ = map_[:, :, None, None]
-        values, positions = ops.map_maximum(map_, *pool)
-        seen.values[:, target.maps] = values.float().cpu().numpy()
-        seen.positions[:, target.maps] = positions.cpu().numpy()
+        seen.maxima[target.node] = ops.map_maximum(map_, *pool)
         if self.settings.per_image != 1:
             seen.candidates += self._several(seen, target, map_)
 
@@ -252,7 +280,7 @@ class Collector:
         """Of every map that has an entry the strongest positions that may enter: maps, rows, values, positions."""
         top = self.settings.top
         weakest = self.ranking.weakest[target.maps]
-        rows, maps = np.nonzero(seen.values[:, target.maps] > weakest)
+        rows, maps = np.nonzero(seen.values([target]) > weakest)
         count = min(self.settings.per_image or top, top, map_[0, 0].numel())
         part = max(PART_BYTES // (map_[0, 0].numel() * map_.element_size()), 1)
         for start in range(0, len(rows), part):
@@ -269,17 +297,18 @@ class Collector:
         reason = "its maps are not finite (NaN or infinity)"
         return [Skipped(i, self.name(i), reason) for i in images.tolist()]
 
-    def _count(self, seen: Seen, valid: NDArray[np.bool_]) -> None:
-        self.images_seen += int(valid.sum())
-        values = seen.values[valid]
+    def _count(self, values: NDArray[np.float32]) -> None:
+        self.images_seen += len(values)
         self.sums.add(values)
         self.zeros += (values <= 0).sum(0)
 
-    def _candidates(self, seen: Seen, valid: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
+    def _candidates(
+        self, seen: Seen, strongest: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[Any], ...]:
         """Maps, rows, values and positions of what exceeds the weakest entry of its list."""
         if self.settings.per_image == 1:
-            rows, maps = np.nonzero((seen.values > self.ranking.weakest) & valid[:, None])
-            return maps, rows, seen.values[rows, maps], seen.positions[rows, maps]
+            rows, maps = np.nonzero((strongest > self.ranking.weakest) & valid[:, None])
+            return maps, rows, strongest[rows, maps], seen.positions(self.targets, rows, maps)
         if not seen.candidates:
             return (np.empty(0, np.int64),) * 4
         table = [np.concatenate(column) for column in zip(*seen.candidates, strict=True)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = ["LOCAL", "Graph", "Node", "trace"]
 LOCAL = frozenset({"conv", "relu", "pool", "norm", "affine"})
 
 Visit = Callable[[int, Tensor, "Tensor | None"], None]
+Maxima = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,13 @@ class Graph:
         return self.names[name]
 
     @torch.no_grad()
-    def run(self, images: Tensor, visit: Visit | None = None, last: int | None = None) -> Tensor:
+    def run(
+        self,
+        images: Tensor,
+        visit: Visit | None = None,
+        last: int | None = None,
+        maxima: Mapping[int, Maxima] = MappingProxyType({}),
+    ) -> Tensor:
         """One forward pass, as in evaluation mode; each map is freed after its last use.
 
         Parameters
@@ -56,6 +64,10 @@ class Graph:
             Maps are in channels_last on the CPU, where that is faster.
         last : int, optional
             The node to stop at; default the last one.
+        maxima : dict of int to callable
+            Convolutions of `pooled` that ``visit`` need not see, with their pools before ``last``: each runs as one
+            with its pool, its maps are never in memory, and the callable gets the values and positions (N, channels)
+            of their maxima.
 
         Returns
         -------
@@ -64,13 +76,21 @@ class Graph:
         """
         last = len(self.nodes) - 1 if last is None else last
         maps = {-1: laid_out(images)}
+        switches: dict[int, Tensor | None] = {}
         for i, node in enumerate(self.nodes[: last + 1]):
-            maps[i], switches = node.forward([maps[j] for j in node.inputs])
-            if visit is not None:
-                visit(i, maps[i], switches)
+            if i in maxima:
+                pool = self.pooled[i]
+                results = node.forward_pooled(maps[node.inputs[0]], self.nodes[pool])
+                maps[pool], switches[pool], *strongest = results
+                maxima[i](*strongest)
+            elif i not in maps:
+                maps[i], switches[i] = node.forward([maps[j] for j in node.inputs])
+            if visit is not None and i not in maxima:
+                visit(i, maps[i], switches[i])
+            switches.pop(i, None)
             for j in set(node.inputs):
                 if self._last_use[j] <= i:
-                    del maps[j]
+                    maps.pop(j, None)
         return maps[last]
 
     def path(self, top: int) -> tuple[int, ...] | None:
@@ -85,6 +105,23 @@ class Graph:
             found.append(top)
             (top,) = self.nodes[top].inputs
         return tuple(found)
+
+    @cached_property
+    def pooled(self) -> dict[int, int]:
+        """The pools of the rectified convolutions that nothing but a pool sees.
+
+        Those with groups are not among them: on the CPU they have ways of their own, which are faster alone.
+        """
+        seen_by: dict[int, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for j in node.inputs:
+                seen_by.setdefault(j, []).append(i)
+        return {
+            i: others[0]
+            for i, others in seen_by.items()
+            if i >= 0 and self.nodes[i].kind == "conv" and self.nodes[i].rectified and self.nodes[i].groups == 1
+            if len(others) == 1 and self.nodes[others[0]].kind == "pool"
+        }
 
     @property
     def image_channels(self) -> int:

@@ -88,14 +88,30 @@ class Node:
         x = inputs[0]
         if self.kind == "conv":
             assert self.window is not None
-            weight, bias = self.parameters()
             convolve = ops.conv2d_relu if self.rectified else torch.nn.functional.conv2d
             slide = (self.window.stride, self.window.padding, self.window.dilation)
-            return convolve(x, weight, bias, *slide, self.groups), None
+            return convolve(x, *self.parameters(), *slide, self.groups), None
         if self.kind in ("pool", "adaptive_pool"):
             window = self.window_on(x.shape[2:])
             return ops.max_pool2d(x, window.kernel, window.stride, window.padding, window.dilation, window.ceil)
         return self._simple(inputs), None
+
+    def forward_pooled(self, x: Tensor, pool: Node) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of a rectified ``conv`` node and the pool behind it, in one: the pool's output and switches, and the values
+        and positions (N, channels) of the maxima of the maps between, which are never in memory."""
+        assert self.window is not None and pool.window is not None
+        slide, window = (self.window.stride, self.window.padding, self.window.dilation), pool.window
+        return ops.conv2d_relu_max_pool2d_maximum(
+            x,
+            *self.parameters(),
+            *slide,
+            self.groups,
+            pool_kernel_size=window.kernel,
+            pool_stride=window.stride,
+            pool_padding=window.padding,
+            pool_dilation=window.dilation,
+            pool_ceil_mode=window.ceil,
+        )
 
     def _simple(self, inputs: Sequence[Tensor]) -> Tensor:
         x, module = inputs[0], self.module

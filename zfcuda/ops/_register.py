@@ -36,8 +36,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 #: What an implementation returns: a generator that yields once.
 OneResult = Generator[Result, Tensor, None]
 TwoResults = Generator[tuple[Result, Result], tuple[Tensor, Tensor], None]
+FourResults = Generator[tuple[Result, Result, Result, Result], tuple[Tensor, Tensor, Tensor, Tensor], None]
 NoResult = Generator[None, None, None]
-_RETURNS = {OneResult: Tensor, TwoResults: tuple[Tensor, Tensor], NoResult: None}
+_RETURNS = {
+    OneResult: Tensor,
+    TwoResults: tuple[Tensor, Tensor],
+    FourResults: tuple[Tensor, Tensor, Tensor, Tensor],
+    NoResult: None,
+}
 
 
 class Operator:

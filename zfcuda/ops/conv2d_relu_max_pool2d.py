@@ -10,7 +10,7 @@ from torch import Tensor
 from zfcuda import core
 from zfcuda.ops._common import dense, flag, memory_format, tensor
 from zfcuda.ops._conv import Filters, filters_of
-from zfcuda.ops._pool import PoolWindow, pooled, window_of
+from zfcuda.ops._pool import PoolWindow, Window, pooled, window_of
 from zfcuda.ops._register import TwoResults, entry, operator
 from zfcuda.ops.conv2d_relu import check, padded
 from zfcuda.ops.deconv2d import convolution_tangent
@@ -84,8 +84,28 @@ def conv2d_relu_max_pool2d(
     equal but for rounding, the switch may differ from that of a convolution that adds in another order, torch's
     for one.
     """
+    window = pool_kernel_size, pool_stride, pool_padding, pool_dilation
+    arguments = checked(input, weight, bias, stride, padding, dilation, groups, *window, pool_ceil_mode)
+    return _conv2d_relu_max_pool2d(*arguments) if out is None else _conv2d_relu_max_pool2d.into(out, *arguments)
+
+
+def checked(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    pool_kernel_size: int | Sequence[int],
+    pool_stride: int | Sequence[int] | None,
+    pool_padding: int | Sequence[int],
+    pool_dilation: int | Sequence[int],
+    pool_ceil_mode: bool,
+) -> tuple[Any, ...]:
+    """The arguments of a call, of the right Python types, as implementations take them."""
     input, padding = padded(tensor("input", input), tensor("weight", weight), stride, padding, dilation)
-    arguments = (
+    return (
         input,
         weight,
         tensor("bias", bias, optional=True),
@@ -93,7 +113,39 @@ def conv2d_relu_max_pool2d(
         window_of(pool_kernel_size, pool_stride, pool_padding, pool_dilation, "pool_"),
         flag("pool_ceil_mode", pool_ceil_mode),
     )
-    return _conv2d_relu_max_pool2d(*arguments) if out is None else _conv2d_relu_max_pool2d.into(out, *arguments)
+
+
+def sizes(
+    input: Tensor, weight: Tensor, bias: Tensor | None, filters: Filters, window: Window, ceil_mode: bool
+) -> tuple[list[int], list[int]]:
+    """The whole shapes of the maps and of their pool, after every check."""
+    maps = check(input, weight, bias, filters)
+    window.check("pool_")
+    window.check_input("the maps", maps, ceil_mode, "pool_")
+    head = [input.size(0), weight.size(0)]
+    return [*head, *maps], [*head, *window.pooled_size(maps, ceil_mode)]
+
+
+def run(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    filters: Filters,
+    window: Window,
+    maps: Sequence[int],
+    output: Tensor,
+    switches: Tensor,
+    values: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> None:
+    """``conv2d_relu_max_pool2d`` of csrc/ops.h into checked tensors."""
+    if output.numel():
+        layout = memory_format(input)
+        shapes = filters.shape(input.shape, maps, weight, layout), window.shape(maps, output.shape, layout)
+        where = *shapes, core.DTYPES[input.dtype]
+        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where, values is not None)
+        tensors = dense(input, layout), dense(weight), dense(bias), output, switches, values, positions, scratch
+        core.run("conv2d_relu_max_pool2d", input, *where, *tensors)
 
 
 @operator("conv2d_relu_max_pool2d", batched=("input",))
@@ -105,18 +157,9 @@ def _conv2d_relu_max_pool2d(
     window: PoolWindow,
     pool_ceil_mode: bool,
 ) -> TwoResults:
-    size = check(input, weight, bias, filters)
-    window.check("pool_")
-    window.check_input("the maps", size, pool_ceil_mode, "pool_")
-    head = [input.size(0), weight.size(0)]
-    output, switches = yield pooled(input, [*head, *window.pooled_size(size, pool_ceil_mode)])
-    if output.numel():
-        maps, layout = [*head, *size], memory_format(input)
-        shapes = filters.shape(input.shape, maps, weight, layout), window.shape(maps, output.shape, layout)
-        where = *shapes, core.DTYPES[input.dtype]
-        scratch = core.workspace("conv2d_relu_max_pool2d", input, *where)
-        tensors = dense(input, layout), dense(weight), dense(bias), output, switches, scratch
-        core.run("conv2d_relu_max_pool2d", input, *where, *tensors)
+    maps, size = sizes(input, weight, bias, filters, window, pool_ceil_mode)
+    output, switches = yield pooled(input, size)
+    run(input, weight, bias, filters, window, maps, output, switches)
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:

@@ -90,8 +90,6 @@ def _maximum(input: Tensor, pooled: Tensor | None, switches: Tensor | None, wind
     pooled_size = _check(input, pooled, switches, window)
     values, positions = yield Result(input, input.shape[:2]), Result(input, input.shape[:2], dtype=torch.int64)
     layout = memory_format(input)
-    if max(window.dilation) > 1 or any(s > k for s, k in zip(window.stride, window.kernel_size, strict=True)):
-        pooled = switches = None  # gaps between and in windows
     if values.numel():
         where = window.shape(input.shape, pooled_size, layout), core.DTYPES[input.dtype]
         tensors = dense(input, layout), dense(pooled, layout), dense(switches, layout)
