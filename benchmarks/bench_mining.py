@@ -168,9 +168,7 @@ def main() -> None:
     costs = maps, seconds, fixed, each
     for count in (100, 1_000, MANY, 50_000, 100_000, 1_000_000):
         over = [100 * (mining_time(count, *costs) / pass_ - 1) for pass_ in (seconds, whole_maps)]
-        print(
-            f"{count:>9,} images: {over[0]:+6.2f} % beside that pass, {over[1]:+6.2f} % beside layers apart"
-        )
+        print(f"{count:>9,} images: {over[0]:+6.2f} % beside that pass, {over[1]:+6.2f} % beside layers apart")
     if mining_time(MANY, *costs) > (1 + LIMIT) * whole_maps:
         raise SystemExit(f"more than {100 * LIMIT:g} % at {MANY:,} images")
 

@@ -1,9 +1,10 @@
 """Mining: the strongest activations of every map over a data set, in one pass.
 
 A pass costs little more than the forward passes. The maximum of a map comes from the pool above it where there is
-one; one comparison of all maxima with the weakest entries of all lists finds the few that enter; only of these
-the patch and the windows of switches are cut. After ``n`` images a map's list has changed about
-``top · (1 + ln(n / top))`` times, so that the later images cost almost nothing.
+one, and where nothing else needs the map, the operator that computes both gives it; one comparison of all maxima with
+the weakest entries of all lists finds the few that enter; only of these the patch and the windows of switches are
+cut. After ``n`` images a map's list has changed about ``top · (1 + ln(n / top))`` times, so that the later images
+cost almost nothing.
 """
 
 from __future__ import annotations
