@@ -16,7 +16,7 @@
 // while the result is small, so blocks share the pixels too: each split writes its own partial
 // gradient into the workspace, and a second pass adds the splits in order (deterministic), puts
 // what NHWC has as (o, tap, i) into the weight's order, and rounds. The number of splits depends on
-// the shape alone; the tiles of all splits are just under kBlocks, that is, whole waves. The gate
+// the shape alone; the tiles of all splits are just under kBlocks, whole waves, if few. The gate
 // acts while the signal is loaded. Where the signal is pooled, the maps are gathered in its place
 // (unpooled_source.cuh), and never in memory.
 //

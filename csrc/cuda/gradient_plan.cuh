@@ -78,12 +78,13 @@ struct alignas(16) Column {
 };
 
 // How many splits, each of at least `least` units, bring `tiles` blocks up to kBlocks, which are
-// whole waves, and not beyond; and their size.
+// whole waves, and beyond only where there would else be but one split; and their size.
 struct Splits {
     std::int64_t count, units;
 
     Splits(std::int64_t tiles, std::int64_t total, std::int64_t least) {
-        const std::int64_t wanted = tiles < kBlocks ? kBlocks / tiles : 1;
+        const bool few = 2 * tiles <= kBlocks;
+        const std::int64_t wanted = few ? kBlocks / tiles : divide_up(kBlocks, tiles);
         units = divide_up(divide_up(total, wanted), least) * least;
         count = divide_up(total, units);
     }
