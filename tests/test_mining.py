@@ -203,8 +203,12 @@ def tiny_zfnet():
     [(small_net, (19, 17), LAYERS), (small_net, (19, 17), ["6"]), (tiny_zfnet, (71, 64), ["0", "4", "8"])],
     ids=["small", "its last layer", "ZFNet"],
 )
-def test_layers_with_a_pool_run_as_one(backend, monkeypatch, net, size, layers, gates):
+def test_layers_with_a_pool_run_as_one(backend, request, monkeypatch, net, size, layers, gates):
     """… unless a projection needs their maps; the lists, their switches and the means are the same bits as apart."""
+    if backend.name == "cuda":
+        pytest.skip("a GPU may split the sums of a convolution by itself, and these have other bits then")
+    if backend.name == "simt":
+        monkeypatch.setattr(request.getfixturevalue("emulator"), "processors", 1)  # it never splits
     net, images = net(), images_of(7, size=size)
     images[4] = images[2]  # ties
     called, function = [], ops.conv2d_relu_max_pool2d_maximum
