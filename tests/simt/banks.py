@@ -117,7 +117,7 @@ EXPLAINED = [
     Explained(
         "map_maximum_kernel|conv2d_relu_max_pool2d_maximum_kernel",
         "",
-        3,
+        4,
         "value and position of a thread are neighbours: 8 or 16 bytes a lane, read by parts",
     ),
 ]
