@@ -41,16 +41,16 @@ struct Tile {
 
     using Accumulator = T[kRows][kColumns];
 
-    // Threads of 16 x 8 results have no registers for the addresses of tile_slot. Four columns of
-    // padding put two quads of k on other banks, an exclusive or the two that follow.
-    static constexpr int kPadding = kColumns == 8 ? 4 : 0;
-    static constexpr int kLeftSize = kDepth * (kM + kPadding);
-    static constexpr int kRightSize = kDepth * (kN + kPadding);
+    // Threads of 16 x 8 results have no registers for the addresses of tile_slot. There eight
+    // columns of padding behind every four k put the quads of k on other banks, and all places
+    // that a thread reads are at fixed distances from its first.
+    static constexpr int kPadding = kColumns == 8 ? 8 : 0;
+    static constexpr int kLeftSize = kDepth * kM + kDepth / 4 * kPadding;
+    static constexpr int kRightSize = kDepth * kN + kDepth / 4 * kPadding;
 
     template <int kWidth>
     ZF_HD static int slot(int k, int column) {
-        return kPadding ? k * (kWidth + kPadding) + (column ^ (k & 8))
-                        : tile_slot<kWidth>(k, column);
+        return kPadding ? k * kWidth + k / 4 * kPadding + column : tile_slot<kWidth>(k, column);
     }
 
     __device__ static int row_thread() {

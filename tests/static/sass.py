@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 #: Multiply-adds, the work of a product, each in an issue slot of its own; the tensor cores' do hundreds of them.
 TENSOR = ("HMMA", "HGMMA", "DMMA")
 PRODUCTS = (*TENSOR, "FFMA", "FFMA2", "DFMA")
+
+#: What feeds a product's loop: reads of global memory, and writes of shared memory.
+_FEEDS = {"LDG": {"read"}, "LD": {"read"}, "STS": {"fill"}, "LDGSTS": {"read", "fill"}}
 
 #: A loop with fewer of the others, without operands in shared memory or with roots and powers is no product.
 LEAST_PRODUCTS = 48
@@ -151,15 +154,49 @@ class Code:
     @cached_property
     def main_loop(self) -> Issued | None:
         """The innermost loop with most of the multiply-adds; None where there is no product."""
-        loops = {loop: Issued(tuple(self.instructions[i] for i in sorted(loop))) for loop in self.loops}
-        loops = {loop: i for loop, i in loops.items() if i.is_product}
+        return self._issued(self._main_loop) if self._main_loop else None
+
+    @cached_property
+    def _main_loop(self) -> frozenset[int]:
+        loops = {loop: issued for loop in self.loops if (issued := self._issued(loop)).is_product}
         if not loops:
-            return None
+            return frozenset()
         best = max(loops, key=lambda loop: (loops[loop].products, -len(loop)))
         for inner in sorted(loops, key=len, reverse=True):
             if inner < best and 2 * loops[inner].products >= loops[best].products:
                 best = inner
-        return loops[best]
+        return best
+
+    @cached_property
+    def shortest_round(self) -> Issued | None:
+        """The shortest way round the main loop that multiplies all, reads global memory and fills shared memory.
+
+        What a loop passes over in most rounds, or does in a smaller loop of its own, is not in it. None if there is
+        no such way.
+        """
+        loop = self._main_loop
+        first = min((i for i in loop if self.instructions[i].base in PRODUCTS), default=-1)
+        done: frozenset[str] = frozenset()
+        before: dict[tuple[int, frozenset[str]], tuple[int, frozenset[str]]] = {}  # places, and what was done before
+        left = deque([(first, done)] if loop else [])
+        while left:
+            place = left.popleft()
+            done = place[1] | _FEEDS.get(self.instructions[place[0]].base, set())
+            for i in self._next(place[0]):
+                if i == first and len(done) == 2:
+                    way = [place[0]]
+                    while place in before:
+                        place = before[place]
+                        way.append(place[0])
+                    found = self._issued(way)
+                    return found if found.products == self._issued(loop).products else None
+                if i in loop and i != first and (i, done) not in before:
+                    before[i, done] = place
+                    left.append((i, done))
+        return None
+
+    def _issued(self, indices: Iterable[int]) -> Issued:
+        return Issued(tuple(self.instructions[i] for i in sorted(indices)))
 
 
 def _reach(start: list[int], following: Callable[[int], list[int]], stop: int) -> set[int]:
