@@ -243,3 +243,23 @@ def test_no_images(backend, mode):
     left, right, weight = placed(mode, backend.device, normal(0, 8, 5, 5), normal(0, 16, 5, 5), torch.ones(16, 8, 3, 3))
     actual, bias = conv2d_weight_gradient(left, right, None, weight, *pairs({"padding": 1}), "none", True)
     assert not actual.any() and not bias.any() and actual.shape == weight.shape
+
+
+@CUDA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pooled", [False, True])
+def test_several_splits_of_contiguous_images(backend, dtype, pooled):
+    """By FMA: 300 pixels are more than a split has at least."""
+    image = normal(3, 5, 10, 10).to(dtype)
+    above, switches = reference.max_pool2d(normal(3, 6, 10, 10, seed=1).to(dtype), 2)
+    signal = reference.max_unpool2d(above, switches, 2, output_size=(10, 10))
+    left, weight = image.to(backend.device), torch.empty(6, 5, 3, 3, dtype=dtype, device=backend.device)
+    filters = pairs({"padding": 1})
+    if pooled:
+        given = above.to(backend.device), switches.to(backend.device), None, weight, *filters
+        actual = unpooled_weight_gradient(left, *given, [2, 2], [2, 2], [0, 0], [1, 1], [10, 10], False, "none")
+    else:
+        actual, _ = conv2d_weight_gradient(left, signal.to(backend.device), None, weight, *filters, "none", False)
+    torchs = gradient(image, signal, (3, 3), {"padding": 1})
+    exact = gradient(image.double(), signal.double(), (3, 3), {"padding": 1})
+    assert_within(actual, torchs, exact, 300)

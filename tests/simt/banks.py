@@ -106,6 +106,19 @@ EXPLAINED = [
     Explained(
         "tap_gemm_kernel|conv2d_relu_max_pool2d_kernel", "to[Tile::template slot<kM>(k, row)]", 2, "NHWC by one channel"
     ),
+    Explained(
+        "weight_gradient_kernel",
+        "store_vector(left + slot(buffer, i)",
+        2,
+        "NCHW by FMA: lanes run along k, not columns",
+    ),
+    Explained("weight_gradient_kernel", "store_vector(right + slot(buffer, i)", 2, "likewise"),
+    Explained(
+        "tap_mma_kernel|conv2d_relu_max_pool2d_mma_kernel",
+        "cp_async<4>(to + e",
+        4,
+        "main loop of merged rows, open: a lane's elements are neighbours, and lanes 16 bytes apart",
+    ),
     Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
     Explained("conv2d_relu_max_pool2d", "const V value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
     Explained("pack_weights_kernel", "tile[lane * 33 + i]", 2, "halves, once a call: an odd pitch of words of two"),
