@@ -34,12 +34,13 @@
 //
 // Static: two blocks live on an SM: at most 128 registers for each of 256 threads in float32, or
 // 255 for the 128 threads of 128 x 128, and at most 40 KiB of shared memory. Of 128 x 128 a chunk
-// issues about 2280 instructions, 2048 of them FFMA (90 %); entering another tap, once in C / 16
-// chunks, about 150 more, with which they are 84 to 86 % of the loop's code. 128 x 64: 41 % in
-// NCHW, whose every load has a tap of its own, and 67 % by four channels.
+// issues at most 2275 instructions, 2048 of them FFMA (90 %); entering another tap, once in C / 16
+// chunks, about 110 more, with which they are 86 % of the loop's code. 128 x 64: 41 % in NCHW,
+// whose every load has a tap of its own, and 67 % by four channels.
 // Tried: 128 x 128 with 8 x 8 a thread (88 %, 79 % of the code: 64 shared loads for 1024 FFMA
 // instead of 48), for two blocks an SM 8 deep (87 %, but it spills on sm_100 and 120) and 16 deep
-// (89 %, but it spills on sm_120). The transposed product keeps 128 x 64: its sources, which are
+// (89 %, but it spills on sm_120); 16 x 8 with an exclusive or in the places of k (88 to 90 %: each
+// store has an address of its own). The transposed product keeps 128 x 64: its sources, which are
 // gated or gathered, need registers of their own.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.

@@ -38,11 +38,10 @@ def rows() -> list[list[str]]:
     codes = sass.parse(subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout)
     found = []
     for part, name in KERNELS.items():
-        (loop,) = (
-            code.main_loop for symbol, code in codes.items() if f"ImplicitGemmMultistageINS_4gemm9{part}" in symbol
-        )
+        (code,) = (c for symbol, c in codes.items() if f"ImplicitGemmMultistageINS_4gemm9{part}" in symbol)
+        loop = code.main_loop
         assert loop
-        found.append([name, share(loop), *["–"] * (len(SHOWN) - 1), *once_round(loop)])
+        found.append([name, share(code), *["–"] * (len(SHOWN) - 1), *once_round(loop)])
     return found
 
 

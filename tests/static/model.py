@@ -4,9 +4,10 @@ A launch of equal blocks takes
 
     waves × resident blocks × (cycles of a block)         waves = blocks / (multiprocessors × resident), rounded up
 
-at the clock, or the least bytes at the memory's speed, whichever is more. A block's cycles are its tile's
-multiply-adds, padding included, over the lanes of a multiprocessor, or its main loop's instructions over its four
-schedulers, whichever is more. Nothing else is in it: no latency, no epilogue, no caches.
+at the clock, or the least bytes at the memory's speed, whichever is more. A block's cycles are the most of its tile's
+multiply-adds, padding included, over what a multiprocessor does in a cycle; the instructions of its main loop's
+shortest round over its four schedulers; and the bytes that it reads over what the second-level cache gives a
+multiprocessor. Nothing else is in it: no latency, no epilogue, no gathering.
 """
 
 from __future__ import annotations
@@ -15,85 +16,158 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from cubins import Kernel, compile_all
+from cubins import ARCHS, Kernel, compile_all
 from report import markdown
 from tools import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))
-from layers import CONVOLUTIONS, POOLS, Conv
+sys.path.append(str(ROOT))
+from zfcuda.bench.shapes import CONVOLUTIONS, POOLED, Conv
 
 BATCH = 128
 
 
 @dataclass(frozen=True)
+class Mode:
+    """Bytes of an element, and the factors of the tensor cores' kernels, if it runs there."""
+
+    name: str
+    size: int
+    factors: str = ""
+
+
+MODES = (Mode("ieee", 4), Mode("tf32", 4, "Tf32"), Mode("bf16", 2, "Halves<__nv_bfloat16>"))
+
+
+@dataclass(frozen=True)
 class Gpu:
-    """Multiprocessors, float32 lanes of each, GHz, TB/s; the peaks are those that docs quote from data sheets."""
+    """GHz and TB/s of the data sheet; of a multiprocessor, a cycle: multiply-adds by mode, bytes of the second level.
+
+    The second level's bytes are what microbenchmarks of others report, roughly.
+    """
 
     name: str
     arch: int
     processors: int
-    lanes: int
     clock: float
     memory: float
+    rates: dict[str, int]
+    second_level: int
 
-    @property
-    def tflops(self) -> float:
-        return 2 * self.processors * self.lanes * self.clock / 1000
+    def tflops(self, mode: Mode) -> float:
+        return 2 * self.processors * self.rates[mode.name] * self.clock / 1000
+
+    def floor(self, launch: Launch) -> float:
+        """Microseconds at the peaks."""
+        return max(launch.flops / self.tflops(launch.mode), launch.least / self.memory) / 1e6
 
 
 GPUS = (
-    Gpu("A100", 80, 108, 64, 1.41, 1.94),
-    Gpu("H100 SXM", 90, 132, 128, 1.98, 3.35),
-    Gpu("RTX 4090", 89, 128, 128, 2.52, 1.01),
+    Gpu("A100", 80, 108, 1.41, 1.94, {"ieee": 64, "tf32": 512, "bf16": 1024}, 40),
+    Gpu("H100 SXM", 90, 132, 1.83, 3.35, {"ieee": 128, "tf32": 1024, "bf16": 2048}, 24),
+    Gpu("RTX 4090", 89, 128, 2.52, 1.01, {"ieee": 128, "tf32": 128, "bf16": 256}, 16),
 )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One product: rows of each slice (stride phase), result columns, products of a sum, bytes, useful work."""
+    """One product of a layer. ``slices``: rows and products of a sum, of each phase of a stride."""
 
     layer: str
-    kernel: str  # pattern of the name
-    slices: tuple[tuple[int, int], ...]  # rows, products of a sum
+    mode: Mode
+    kernel: str  # a pattern of its name
+    slices: list[tuple[int, int]]
     columns: int
-    bytes: float
-    flops: float
+    least: float  # bytes of all tensors
+    flops: float  # the useful ones
+    dynamic: int = field(default=0)  # shared memory of a block
+    read: float = field(default=1.0)  # the part of its rows' factors that a block reads, the rest being the same again
 
 
-def _tile(columns: int) -> str:
-    return "256, 16" if columns <= 16 else "128, 64"
+@dataclass(frozen=True)
+class Layer:
+    """What the launches of a layer have in common."""
+
+    conv: Conv
+    mode: Mode
+
+    @property
+    def few(self) -> bool:
+        """Channels: images of three colours."""
+        return self.conv.channels % 4 != 0
+
+    @property
+    def depth(self) -> int:
+        return self.conv.channels * self.conv.kernel**2
+
+    @property
+    def merged(self) -> int:
+        """Products of a sum where rows of taps are merged and filled up to 16 bytes."""
+        piece = 16 // self.mode.size
+        return self.conv.kernel * piece * math.ceil(self.conv.kernel * self.conv.channels / piece)
+
+    def launch(self, what: str, kernel: str, slices: list[tuple[int, int]], columns: int, **more: float) -> Launch:
+        given = {"least": self.mode.size * self.conv.elements(BATCH), "flops": self.conv.flops(BATCH)} | more
+        return Launch(f"{self.conv.name} {what}", self.mode, kernel, slices, columns, **given)  # type: ignore[arg-type]
+
+    def up(self) -> Iterator[Launch]:
+        conv, factors, rows = self.conv, self.mode.factors, BATCH * self.conv.out_size**2
+        pools = [pool for other, pool in POOLED if other == conv]
+        vector, wide = (1, "128, 64") if self.few else (4, "128, 128")
+        if not factors:
+            product = [(rows, self.depth)]
+            yield self.launch("forward", rf"tap_gemm_kernel<float, Tile<float, {wide},.*false, true, {vector}, Tensor",
+                              product, conv.maps)  # fmt: skip
+            fused = rf"conv2d_relu_max_pool2d_kernel<float, Tile<float, 128, 64,.*true, {vector}>"
+            more, depth = {}, self.depth
+        elif self.few:
+            more, depth = {"dynamic": 27_000, "read": 0.1}, self.merged
+            yield self.launch("forward", f"patch_mma_kernel<{factors}, MmaTile<128, 96,", [(rows, depth)], conv.maps,
+                              **more)  # fmt: skip
+            fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 96,.*ByPatch"
+        else:
+            more, depth = {"dynamic": 80_160, "read": 2.2 * conv.stride**2 / conv.kernel**2}, self.depth
+            yield self.launch("forward", f"halo_mma_kernel<{factors}, MmaTile<128, 128,.*false, Tensor",
+                              [(rows, depth)], conv.maps, **more)  # fmt: skip
+            fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 64,.*ByHalo"
+        for pool in pools:
+            pooled = BATCH * conv.maps * pool.pooled_size**2
+            least = self.mode.size * (conv.inputs(BATCH) + conv.weights + pooled) + pooled
+            rows = 128 * BATCH * _boxes(pool.pooled_size)
+            yield self.launch("forward with pool", fused, [(rows, depth)], conv.maps, least=least, **more)
+
+    def down(self) -> Iterator[Launch]:
+        conv, factors = self.conv, self.mode.factors
+        narrow = conv.channels <= 16
+        if factors:
+            tile = "16" if narrow else "128" if conv.channels % 128 == 0 else "64"
+            kernel, taps = f"halo_mma_kernel<{factors}, MmaTile<128, {tile},.*true, Masked", conv.kernel / conv.stride
+            more = {"dynamic": 80_160, "read": 2.2 / taps**2}
+        else:
+            tile, more = "256, 16" if narrow else "128, 64", {}
+            kernel = rf"tap_gemm_kernel<float, Tile<float, {tile},.*true, true, 4, Masked"
+        yield self.launch("data gradient", kernel, [*_phases(conv)], conv.channels, **more)
+        side = 128 if conv.maps % 128 == 0 else 64
+        vector = 1 if self.few else 4
+        kernel = (
+            rf"weight_gradient_mma_kernel<{factors}, MmaTile<{side}, {side},.*Masked"
+            if factors
+            else rf"weight_gradient_kernel<float, true, {vector}, Masked"
+        )
+        # Splits of the pixels make as many blocks as fill the GPU: equal parts of the whole.
+        pixels = BATCH * conv.out_size**2
+        yield self.launch("weight gradient", kernel, [(conv.maps, pixels)], self.depth, dynamic=49_152 * bool(factors))
 
 
-def launches() -> Iterator[Launch]:
-    """ZFNet's convolutions in float32, NHWC: up, up with the pool, down."""
-    for conv in CONVOLUTIONS:
-        pixels, vector = BATCH * conv.out_size**2, 4 if conv.channels % 4 == 0 else 1
-        image, maps = BATCH * conv.channels * conv.size**2, pixels * conv.maps
-        weights, depth = conv.maps * conv.channels * conv.kernel**2, conv.channels * conv.kernel**2
-        kernel = rf"tap_gemm_kernel<float, Tile<float, {_tile(conv.maps)}>, false, true, {vector}, Tensor"
-        least, flops = 4.0 * (image + weights + maps), conv.flops(BATCH)
-        yield Launch(f"{conv.name}: conv2d_relu", kernel, ((pixels, depth),), conv.maps, least, flops)
-        for pool in (p for p in POOLS if p.name[4:] == conv.name[4:]):
-            rows, pooled = _boxes(conv.out_size, pool.pooled_size), BATCH * conv.maps * pool.pooled_size**2
-            kernel = rf"conv2d_relu_max_pool2d_kernel<float, Tile<float, {_tile(conv.maps)}>, true, {vector}>"
-            least = 4.0 * (image + weights) + 5.0 * pooled
-            yield Launch(f"{conv.name}: with pool", kernel, ((rows, depth),), conv.maps, least, flops)
-        kernel = rf"tap_gemm_kernel<float, Tile<float, {_tile(conv.channels)}>, true, true, 4, Tensor"
-        least = 4.0 * (image + weights + maps)
-        yield Launch(f"{conv.name}: deconv2d", kernel, tuple(_phases(conv)), conv.channels, least, flops)
-
-
-def _boxes(size: int, pooled: int) -> int:
-    """Rows of the fused kernel: 128 for each block of windows, the halo that blocks share counted in each."""
-    tiles = (
+def _boxes(pooled: int) -> int:
+    """Blocks of an image in the fused kernel: boxes of at most 128 pixels, what windows share counted in each."""
+    return min(
         math.ceil(pooled / rows) * math.ceil(pooled / columns)
         for rows in range(1, pooled + 1)
         for columns in range(1, pooled + 1)
         if (2 * rows + 1) * (2 * columns + 1) <= 128
     )
-    return 128 * BATCH * min(tiles)
 
 
 def _phases(conv: Conv) -> Iterator[tuple[int, int]]:
@@ -107,49 +181,80 @@ def _phases(conv: Conv) -> Iterator[tuple[int, int]]:
             yield BATCH * pixels, taps * conv.maps
 
 
+def _tile(kernel: Kernel) -> tuple[int, int]:
+    found = re.search(r"Tile<(?:\w+, )?(\d+), (\d+)", kernel.name)
+    return (int(found[1]), int(found[2])) if found else (64, 64)
+
+
+def _resident(kernel: Kernel, dynamic: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    limits = ARCHS[kernel.arch]
+    assert kernel.threads
+    registers = limits.registers // (math.ceil(kernel.registers / 8) * 8 * kernel.threads)
+    return max(1, min(registers, limits.shared_kib * 1024 // (kernel.shared + dynamic + 1024)))
+
+
 def microseconds(launch: Launch, gpu: Gpu, kernel: Kernel) -> float:
     """The model of the head of this file."""
-    loop, occupancy, found = kernel.code.main_loop, kernel.occupancy, re.search(r", (\d+), (\d+)>", kernel.name)
-    assert loop and occupancy and kernel.threads and found
-    tile_rows, tile_columns = map(int, found.groups())
-    threads = 1536 if kernel.arch == 89 else 2048
-    resident = round(occupancy * threads / kernel.threads)
+    rows, columns = _tile(kernel)
+    loop = kernel.code.shortest_round or kernel.code.main_loop
+    assert loop and kernel.threads
+    warps = kernel.threads // 32
+    per_product = {"FFMA": 32, "HMMA": 16 * 8 * (8 if launch.mode.size == 4 else 16)}[loop.product or ""]
+    round_products = warps * loop.products * per_product  # multiply-adds of a block
     blocks, cycles = 0, 0.0
-    for rows, depth in launch.slices:
-        mine = math.ceil(rows / tile_rows) * math.ceil(launch.columns / tile_columns)
-        multiply_adds = tile_rows * tile_columns * math.ceil(depth / 16) * 16
+    for count, depth in launch.slices:
+        mine = math.ceil(count / rows) * math.ceil(launch.columns / columns)
+        products = rows * columns * depth
+        issue = products / round_products * len(loop.instructions) * warps / 4
+        bytes_read = depth * launch.mode.size * (launch.read * rows + columns)
+        block = max(products / gpu.rates[launch.mode.name], issue, bytes_read / gpu.second_level)
         blocks += mine
-        cycles += mine * multiply_adds * max(1 / gpu.lanes, 1 / (128 * loop.share))
-    waves = math.ceil(blocks / (gpu.processors * resident))
+        cycles += mine * block
+    resident = _resident(kernel, launch.dynamic)
+    if "weight_gradient" in kernel.name:  # splits make whole waves
+        waves = blocks / (gpu.processors * resident)
+    else:
+        waves = math.ceil(blocks / (gpu.processors * resident))
     compute = waves * resident * cycles / blocks / (gpu.clock * 1000)
-    return max(compute, launch.bytes / gpu.memory / 1e6)
+    return max(compute, launch.least / gpu.memory / 1e6)
+
+
+def table(kernels: list[Kernel], mode: Mode) -> str:
+    rows = []
+    for launch in (
+        launch for conv in CONVOLUTIONS for way in (Layer.up, Layer.down) for launch in way(Layer(conv, mode))
+    ):
+        cells = []
+        for gpu in GPUS:
+            (kernel,) = {k.name: k for k in kernels if k.arch == gpu.arch and re.match(launch.kernel, k.name)}.values()
+            floor, time = gpu.floor(launch), microseconds(launch, gpu, kernel)
+            cells += [f"{floor:.0f}", f"{time:.0f}", f"{floor / time:.0%}"]
+        rows.append([launch.layer, *cells])
+    return markdown(["layer", *(c for gpu in GPUS for c in (f"{gpu.name}: floor", "model", "floor / model"))], rows)
 
 
 def page(kernels: list[Kernel]) -> str:
     """``docs/model.md``."""
-    rows = []
-    for launch in launches():
-        cells = []
-        for gpu in GPUS:
-            (kernel,) = {k.name: k for k in kernels if k.arch == gpu.arch and re.match(launch.kernel, k.name)}.values()
-            floor = max(launch.flops / gpu.tflops / 1e6, launch.bytes / gpu.memory / 1e6)
-            time = microseconds(launch, gpu, kernel)
-            cells += [f"{floor:.0f}", f"{time:.0f}", f"{floor / time:.0%}"]
-        rows.append([launch.layer, *cells])
-    head = [cell for gpu in GPUS for cell in (f"{gpu.name}: floor", "model", "floor / model")]
-    peaks = ", ".join(f"{gpu.name} {gpu.tflops:.1f} TFLOP/s and {gpu.memory} TB/s" for gpu in GPUS)
+    peaks = "; ".join(
+        f"{gpu.name} {' · '.join(f'{gpu.tflops(mode):.0f}' for mode in MODES)} TFLOP/s, {gpu.memory} TB/s"
+        for gpu in GPUS
+    )
+    tables = "\n\n".join(f"## {mode.name}\n\n{table(kernels, mode)}" for mode in MODES)
     return f"""# A model of the kernels' times
 
-**A model: nothing on this page was measured.** Microseconds of ZFNet's convolutions, float32 multiply-adds, NHWC, batch
-{BATCH}; written by `make model` from the tiles and the machine code ([shares](kernels.md)), for information.
+**A model: nothing on this page was measured.** Microseconds of ZFNet's convolutions, NHWC, batch {BATCH}; written by
+`make model` from the tiles and the machine code ([shares](kernels.md)), for information.
 
-- **floor**: the useful work at the peak, or the least bytes at the memory's peak, whichever is more:
-  {peaks}.
-- **model**: as many waves of blocks as the grid takes, of tiles padded to their size, a block's main loop at the rate
-  at which its instructions can be issued; or the bytes. No latency, no epilogue, no caches: a GPU will take longer.
-  Shares are lower bounds where a loop has branches, so that a loop may also be faster than its model.
+- **floor**: the useful work at the peak, or the least bytes at the memory's peak, whichever is more
+  ({" · ".join(mode.name for mode in MODES)}): {peaks}.
+- **model**: as many waves of blocks as the grid takes, of tiles padded to their size; a block's main loop at the rate
+  of its multiply-adds, of issuing the instructions of its shortest round, or of reading from the second-level cache,
+  whichever is the least; or the bytes. No latency, no epilogue, nothing of what gathers: a GPU will take longer. On
+  Hopper `mma.sync` reaches less than two thirds of the peak.
+- What only moves data (pools, unpooling, normalisation, ReLU) is bound by its bytes: its floor is its model.
 
-{markdown(["layer", *head], rows)}
+{tables}
 """
 
 

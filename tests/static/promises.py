@@ -14,12 +14,15 @@ from dataclasses import dataclass
 class Product:
     """A main loop's least share of multiply-adds in what it issues, and multiply-adds for each shared load.
 
-    ``reason`` says why a product converts between formats, or copies asynchronously by less than 16 bytes, in its loop.
+    ``round`` is the least share in the shortest round of the loop, of those that promise one. ``converts`` and
+    ``copies_narrow`` say why a product converts between formats, or copies asynchronously by less than 16 bytes, in its
+    loop.
     """
 
     kernel: str
     share: float
     per_shared_load: float
+    round: float = 0.0
     converts: str = ""
     copies_narrow: str = ""
 
@@ -27,33 +30,33 @@ class Product:
 #: Sources that gather count whole in the loop, and so does what a loop does once in many chunks, where it enters a tap:
 #: their shares are poor lower bounds.
 _SPLIT = "factors are split into two tf32 in registers"
-_RUNS = "a run of a merged row begins at any element"
 
 
 def _conv(tile: str, how: str) -> str:
     """The products of tap_product.cuh on a tensor; ``how``: NHWC, channels of a load."""
     return (
-        rf"tap_gemm_kernel<\w+, Tile<{tile}>, false, {how}, TensorSource<\w+> >$"
-        rf"|conv2d_relu_max_pool2d_kernel<\w+, Tile<{tile}>, {how}>$"
+        rf"tap_gemm_kernel<\w+, Tile<{tile}, \d+>, false, {how}, TensorSource<\w+> >$"
+        rf"|conv2d_relu_max_pool2d_kernel<\w+, Tile<{tile}, \d+>, {how}>$"
     )
 
 
 def _transposed(tile: str, how: str, source: str) -> str:
     """The same of the transposed convolution."""
-    return rf"tap_gemm_kernel<\w+, Tile<{tile}>, true, {how}, {source}Source<\w+> >$"
+    return rf"tap_gemm_kernel<\w+, Tile<{tile}, \d+>, true, {how}, {source}Source<\w+> >$"
 
 
-def _mma(factors: str, tile: str, source: str) -> str:
-    """The products of tap_mma.cuh."""
+def _mma(loop: str, factors: str, tile: str) -> str:
+    """The convolution's products of tap_mma.cuh, halo_mma.cuh and patch_mma.cuh, with a pool or not."""
+    source = r", false, TensorSource<\w+>" if loop == "halo" else ""
     return (
-        rf"tap_mma_kernel<{factors}, MmaTile<{tile}>, false, {source}Source<\w+> >$"
-        rf"|conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<{tile}>, {source}Source<\w+> >$"
+        rf"{loop}_mma_kernel<{factors}, MmaTile<{tile}>{source} ?>$"
+        rf"|conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<{tile}>, By{loop.capitalize()}s?<.*>$"
     )
 
 
-def _mma_down(factors: str, tile: str, source: str) -> str:
-    """The same of the transposed convolution."""
-    return rf"tap_mma_kernel<{factors}, MmaTile<{tile}>, true, {source}Source<\w+> >$"
+def _halo_down(factors: str, tile: str, source: str) -> str:
+    """The transposed convolution's products of halo_mma.cuh."""
+    return rf"halo_mma_kernel<{factors}, MmaTile<{tile}>, true, {source}Source<\w+> >$"
 
 
 def _gradient(dtype: str, how: str, source: str) -> str:
@@ -70,78 +73,86 @@ PRODUCTS = [
     Product(_conv("float, 128, 64, 4", "false, 1"), 0.49, 10.2),
     Product(_conv("float, 128, 64, 4", "true, 1"), 0.54, 8.0),
     Product(_conv("float, 128, 64, 4", "true, 4"), 0.61, 9.8),
-    Product(_conv("float, 128, 128, 8", "true, 4"), 0.78, 15.0),
     Product(_conv("float, 256, 16, 4", "false, 1"), 0.25, 7.5),
     Product(_conv("float, 256, 16, 4", "true, 1"), 0.31, 4.0),
     Product(_conv("float, 256, 16, 4", "true, 4"), 0.41, 6.4),
     Product(_conv("double, 64, 64, 4", "false, 1"), 0.15, 3.7),
     Product(_conv("double, 64, 64, 4", "true, 1"), 0.15, 3.5),
+    Product(_conv("float, 128, 128, 8", "true, 4"), 0.86, 19.6, round=0.9),
     Product(_transposed("float, 128, 64, 4", "false, 1", "Masked"), 0.37, 10.2),
     Product(_transposed("float, 128, 64, 4", "true, 1", "Masked"), 0.43, 6.4),
-    Product(_transposed("float, 128, 64, 4", "true, 4", "Masked"), 0.55, 9.8),
+    Product(_transposed("float, 128, 64, 4", "true, 4", "Masked"), 0.57, 9.8),
     Product(_transposed("float, 256, 16, 4", "false, 1", "Masked"), 0.15, 7.5),
     Product(_transposed("float, 256, 16, 4", "true, 1", "Masked"), 0.2, 2.6),
-    Product(_transposed("float, 256, 16, 4", "true, 4", "Masked"), 0.33, 6.4),
+    Product(_transposed("float, 256, 16, 4", "true, 4", "Masked"), 0.34, 6.4),
     Product(_transposed("double, 64, 64, 4", "false, 1", "Masked"), 0.14, 3.7),
     Product(_transposed("double, 64, 64, 4", "true, 1", "Masked"), 0.14, 3.2),
     Product(_transposed("float, 128, 64, 4", "false, 1", "Unpooled"), 0.34, 10.2),
-    Product(_transposed("float, 128, 64, 4", "true, 1", "Unpooled"), 0.33, 9.8),
-    Product(_transposed("float, 128, 64, 4", "true, 4", "Unpooled"), 0.19, 9.4),
+    Product(_transposed("float, 128, 64, 4", "true, 1", "Unpooled"), 0.34, 9.8),
+    Product(_transposed("float, 128, 64, 4", "true, 4", "Unpooled"), 0.2, 9.4),
     Product(_transposed("float, 256, 16, 4", "false, 1", "Unpooled"), 0.21, 7.5),
     Product(_transposed("float, 256, 16, 4", "true, 1", "Unpooled"), 0.2, 7.1),
-    Product(_transposed("float, 256, 16, 4", "true, 4", "Unpooled"), 0.05, 5.8),
+    Product(_transposed("float, 256, 16, 4", "true, 4", "Unpooled"), 0.06, 5.8),
     Product(_transposed("double, 64, 64, 4", "false, 1", "Unpooled"), 0.08, 3.7),
     Product(_transposed("double, 64, 64, 4", "true, 1", "Unpooled"), 0.08, 3.5),
-    Product(_mma(r"Tf32", "128, 64, 64, 32", "Tensor"), 0.15, 2.1),
-    Product(_mma(r"Tf32", "128, 64, 64, 32", "Merged"), 0.1, 2.1, copies_narrow=_RUNS),
-    Product(_mma(r"Tf32", "128, 128, 64, 64", "Tensor"), 0.23, 3.3),
-    Product(_mma(r"Tf32", "128, 16, 32, 16", "Tensor"), 0.04, 0.6),
-    Product(_mma(r"Tf32", "128, 96, 64, 48", "Merged"), 0.14, 2.8, copies_narrow=_RUNS),
-    Product(_mma_down(r"Tf32", "128, 64, 64, 32", "Masked"), 0.09, 2.1),
-    Product(_mma_down(r"Tf32", "128, 128, 64, 64", "Masked"), 0.15, 3.3),
-    Product(_mma_down(r"Tf32", "128, 16, 32, 16", "Masked"), 0.02, 0.8),
-    Product(_mma_down(r"Tf32", "128, 64, 64, 32", "Unpooled"), 0.0, 2.1),
-    Product(_mma_down(r"Tf32", "128, 128, 64, 64", "Unpooled"), 0.01, 3.3),
-    Product(_mma_down(r"Tf32", "128, 16, 32, 16", "Unpooled"), 0.0, 0.8),
-    Product(_mma(r"Tf32x3", "128, 64, 64, 32", "Tensor"), 0.2, 6.4, converts=_SPLIT),
-    Product(_mma(r"Tf32x3", "128, 64, 64, 32", "Merged"), 0.17, 6.4, copies_narrow=_RUNS, converts=_SPLIT),
-    Product(_mma(r"Tf32x3", "128, 16, 32, 16", "Tensor"), 0.08, 2.0, converts=_SPLIT),
-    Product(_mma(r"Tf32x3", "128, 96, 64, 48", "Merged"), 0.21, 8.4, copies_narrow=_RUNS, converts=_SPLIT),
-    Product(_mma_down(r"Tf32x3", "128, 64, 64, 32", "Masked"), 0.16, 6.4, converts=_SPLIT),
-    Product(_mma_down(r"Tf32x3", "128, 16, 32, 16", "Masked"), 0.05, 2.6, converts=_SPLIT),
-    Product(_mma_down(r"Tf32x3", "128, 64, 64, 32", "Unpooled"), 0.02, 6.4, converts=_SPLIT),
-    Product(_mma_down(r"Tf32x3", "128, 16, 32, 16", "Unpooled"), 0.0, 2.6, converts=_SPLIT),
-    Product(_mma(r"Halves<\w+>", "128, 64, 64, 32", "Tensor"), 0.15, 2.1),
-    Product(_mma(r"Halves<\w+>", "128, 64, 64, 32", "Merged"), 0.05, 2.1),
-    Product(_mma(r"Halves<\w+>", "128, 128, 64, 64", "Tensor"), 0.23, 3.3),
-    Product(_mma(r"Halves<\w+>", "128, 16, 32, 16", "Tensor"), 0.04, 0.6),
-    Product(_mma(r"Halves<\w+>", "128, 96, 64, 48", "Merged"), 0.08, 2.8),
-    Product(_mma_down(r"Halves<\w+>", "128, 64, 64, 32", "Masked"), 0.05, 2.1),
-    Product(_mma_down(r"Halves<\w+>", "128, 128, 64, 64", "Masked"), 0.09, 3.3),
-    Product(_mma_down(r"Halves<\w+>", "128, 16, 32, 16", "Masked"), 0.01, 0.8),
-    Product(_mma_down(r"Halves<\w+>", "128, 64, 64, 32", "Unpooled"), 0.01, 2.1),
-    Product(_mma_down(r"Halves<\w+>", "128, 128, 64, 64", "Unpooled"), 0.02, 3.3),
-    Product(_mma_down(r"Halves<\w+>", "128, 16, 32, 16", "Unpooled"), 0.0, 0.8),
-    Product(_gradient(r"double", "false, 1", "Masked"), 0.13, 3.2),
-    Product(_gradient(r"double", "true, 1", "Masked"), 0.14, 4.0),
-    Product(_gradient(r"\w+", "false, 1", "Masked"), 0.32, 5.3),
-    Product(_gradient(r"\w+", "true, 1", "Masked"), 0.24, 8.0),
-    Product(_gradient(r"\w+", "true, 4", "Masked"), 0.51, 8.0),
-    Product(_gradient(r"double", "false, 1", "Unpooled"), 0.08, 3.5),
-    Product(_gradient(r"double", "true, 1", "Unpooled"), 0.08, 4.0),
-    Product(_gradient(r"\w+", "false, 1", "Unpooled"), 0.16, 6.4),
+    Product(_mma("tap", r"Halves<\w+>", "128, 64, 64, 32"), 0.15, 2.1),
+    Product(_mma("tap", r"Halves<\w+>", "128, 128, 64, 64"), 0.23, 3.3, round=0.32),
+    Product(_mma("tap", r"Halves<\w+>", "128, 16, 32, 16"), 0.04, 0.6),
+    Product(_mma("tap", "Tf32x3", "128, 64, 64, 32"), 0.2, 6.4),
+    Product(_mma("tap", "Tf32x3", "128, 16, 32, 16"), 0.08, 2.0),
+    Product(_mma("tap", "Tf32", "128, 64, 64, 32"), 0.15, 2.1),
+    Product(_mma("tap", "Tf32", "128, 128, 64, 64"), 0.23, 3.3, round=0.32),
+    Product(_mma("tap", "Tf32", "128, 16, 32, 16"), 0.04, 0.6),
+    Product(_mma("halo", r"Halves<\w+>", "128, 64, 64, 32"), 0.08, 1.6),
+    Product(_mma("halo", r"Halves<\w+>", "128, 128, 64, 64"), 0.16, 2.6, round=0.3),
+    Product(_mma("halo", r"Halves<\w+>", "128, 16, 32, 16"), 0.02, 0.5),
+    Product(_mma("halo", "Tf32x3", "128, 64, 64, 32"), 0.16, 4.8),
+    Product(_mma("halo", "Tf32x3", "128, 16, 32, 16"), 0.06, 1.7),
+    Product(_mma("halo", "Tf32", "128, 64, 64, 32"), 0.08, 1.6),
+    Product(_mma("halo", "Tf32", "128, 128, 64, 64"), 0.16, 2.6, round=0.3),
+    Product(_mma("halo", "Tf32", "128, 16, 32, 16"), 0.02, 0.5),
+    Product(_mma("patch", r"Halves<\w+>", "128, 64, 64, 32"), 0.1, 0.8),
+    Product(_mma("patch", r"Halves<\w+>", "128, 96, 64, 48"), 0.14, 1.1),
+    Product(_mma("patch", "Tf32x3", "128, 64, 64, 32"), 0.19, 2.4),
+    Product(_mma("patch", "Tf32x3", "128, 96, 64, 48"), 0.23, 3.5),
+    Product(_mma("patch", "Tf32", "128, 64, 64, 32"), 0.12, 0.8),
+    Product(_mma("patch", "Tf32", "128, 96, 64, 48"), 0.17, 1.1),
+    Product(_halo_down(r"Halves<\w+>", "128, 64, 64, 32", "Masked"), 0.04, 1.1),
+    Product(_halo_down(r"Halves<\w+>", "128, 128, 64, 64", "Masked"), 0.08, 2.0, round=0.24),
+    Product(_halo_down(r"Halves<\w+>", "128, 16, 32, 16", "Masked"), 0.01, 0.3),
+    Product(_halo_down("Tf32x3", "128, 64, 64, 32", "Masked"), 0.12, 3.5),
+    Product(_halo_down("Tf32x3", "128, 16, 32, 16", "Masked"), 0.04, 1.1),
+    Product(_halo_down("Tf32", "128, 64, 64, 32", "Masked"), 0.05, 1.1),
+    Product(_halo_down("Tf32", "128, 128, 64, 64", "Masked"), 0.1, 2.0, round=0.28),
+    Product(_halo_down("Tf32", "128, 16, 32, 16", "Masked"), 0.01, 0.3),
+    Product(_halo_down(r"Halves<\w+>", "128, 64, 64, 32", "Unpooled"), 0.01, 1.5),
+    Product(_halo_down(r"Halves<\w+>", "128, 128, 64, 64", "Unpooled"), 0.03, 2.5, round=0.24),
+    Product(_halo_down(r"Halves<\w+>", "128, 16, 32, 16", "Unpooled"), 0.0, 0.5),
+    Product(_halo_down("Tf32x3", "128, 64, 64, 32", "Unpooled"), 0.03, 4.5),
+    Product(_halo_down("Tf32x3", "128, 16, 32, 16", "Unpooled"), 0.0, 1.6),
+    Product(_halo_down("Tf32", "128, 64, 64, 32", "Unpooled"), 0.01, 1.5),
+    Product(_halo_down("Tf32", "128, 128, 64, 64", "Unpooled"), 0.02, 2.5, round=0.25),
+    Product(_halo_down("Tf32", "128, 16, 32, 16", "Unpooled"), 0.0, 0.5),
+    Product(_gradient("double", "false, 1", "Unpooled"), 0.08, 3.5),
+    Product(_gradient("double", "true, 1", "Unpooled"), 0.08, 4.0),
+    Product(_gradient("double", "false, 1", "Masked"), 0.13, 3.2),
+    Product(_gradient("double", "true, 1", "Masked"), 0.14, 4.0),
+    Product(_gradient(r"\w+", "false, 1", "Unpooled"), 0.17, 6.4),
     Product(_gradient(r"\w+", "true, 1", "Unpooled"), 0.15, 8.0),
-    Product(_gradient(r"\w+", "true, 4", "Unpooled"), 0.18, 8.0),
-    Product(_gradient_mma("Tf32", "128", "Masked"), 0.14, 2.0),
-    Product(_gradient_mma("Tf32", "64", "Masked"), 0.08, 1.3),
-    Product(_gradient_mma("Tf32", "128", "Unpooled"), 0.09, 2.0),
-    Product(_gradient_mma("Tf32", "64", "Unpooled"), 0.05, 1.3),
-    Product(_gradient_mma("Tf32x3", "64", "Masked"), 0.15, 4.1, converts=_SPLIT),
-    Product(_gradient_mma("Tf32x3", "64", "Unpooled"), 0.11, 4.1, converts=_SPLIT),
-    Product(_gradient_mma(r"Halves<\w+>", "128", "Masked"), 0.11, 2.7),
-    Product(_gradient_mma(r"Halves<\w+>", "64", "Masked"), 0.06, 1.6),
-    Product(_gradient_mma(r"Halves<\w+>", "128", "Unpooled"), 0.1, 2.7),
+    Product(_gradient(r"\w+", "true, 4", "Unpooled"), 0.19, 8.0),
+    Product(_gradient(r"\w+", "false, 1", "Masked"), 0.33, 5.3),
+    Product(_gradient(r"\w+", "true, 1", "Masked"), 0.25, 8.0),
+    Product(_gradient(r"\w+", "true, 4", "Masked"), 0.52, 8.0),
     Product(_gradient_mma(r"Halves<\w+>", "64", "Unpooled"), 0.05, 1.6),
+    Product(_gradient_mma(r"Halves<\w+>", "128", "Unpooled"), 0.1, 2.7, round=0.21),
+    Product(_gradient_mma(r"Halves<\w+>", "64", "Masked"), 0.06, 1.6),
+    Product(_gradient_mma(r"Halves<\w+>", "128", "Masked"), 0.11, 2.7, round=0.22),
+    Product(_gradient_mma("Tf32x3", "64", "Unpooled"), 0.12, 4.1),
+    Product(_gradient_mma("Tf32", "64", "Unpooled"), 0.05, 1.3),
+    Product(_gradient_mma("Tf32", "128", "Unpooled"), 0.09, 2.0, round=0.22),
+    Product(_gradient_mma("Tf32x3", "64", "Masked"), 0.15, 4.1),
+    Product(_gradient_mma("Tf32", "64", "Masked"), 0.08, 1.3),
+    Product(_gradient_mma("Tf32", "128", "Masked"), 0.14, 2.0, round=0.24),
 ]
 
 #: Kernels that are compiled for vectors and yet load them by less than 16 bytes, and why.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 from cubins import ARCHS, Kernel, compile_all
-from sass import Issued
+from sass import Code, Issued
 from tools import build
 
 #: The architectures of the wider tables: one of each generation of tensor cores and memory.
@@ -68,8 +68,12 @@ def once_round(loop: Issued) -> list[str]:
 LOOP_HEAD = ["", "shared loads", "global loads", "shared stores", "conversions", "barriers"]
 
 
-def share(loop: Issued | None) -> str:
-    return f"{loop.share:.0%} · {loop.per_shared_load:.1f}" if loop else "–"
+def share(code: Code | None) -> str:
+    """``61% to 75% · 9.8``: of a main loop and of its shortest round; for each shared load."""
+    if code is None or (loop := code.main_loop) is None:
+        return "–"
+    most = code.shortest_round
+    return f"{loop.share:.0%}{f' to {most.share:.0%}' if most else ''} · {loop.per_shared_load:.1f}"
 
 
 def products(kernels: list[Kernel], more: list[list[str]]) -> str:
@@ -78,7 +82,8 @@ def products(kernels: list[Kernel], more: list[list[str]]) -> str:
     for archs in by_kernel(kernels):
         loops = {arch: archs[arch].code.main_loop for arch in SHOWN if arch in archs}
         if first := next(filter(None, loops.values()), None):
-            rows.append([f"`{archs[min(archs)].name}`", *(share(loops.get(a)) for a in SHOWN), *once_round(first)])
+            shares = [share(archs[a].code if a in archs else None) for a in SHOWN]
+            rows.append([f"`{archs[min(archs)].name}`", *shares, *once_round(first)])
     return markdown(["main loop", *(f"sm_{a}" for a in SHOWN), *LOOP_HEAD], rows + more)
 
 
@@ -109,10 +114,12 @@ main loop that keeps less than `tests/static/promises.py` says. None of this is 
 
 ## Main loops of the products
 
-- Each architecture: share of the multiply-adds in what the loop issues · multiply-adds for each shared load.
-- The other columns: once round the loop on sm_{SHOWN[0]}; accesses as *count×bits a lane*. Each instruction of the loop
-  counts once, those too that a branch may pass over (the edges of an image, the gathering of an unpooled source), so a
-  share is a lower bound.
+- Each architecture: share of the multiply-adds in what the loop issues · multiply-adds for each shared load. The first
+  share is of all instructions of the loop, each counted once, those too that most rounds pass over (what entering
+  another tap costs, the edges of an image, the gathering of an unpooled source): a lower bound. The second is of the
+  shortest way round that multiplies all, reads global memory and fills shared memory: an upper bound, reached by rounds
+  that enter no other tap and, where a halo comes by and by, bring nothing of it.
+- The other columns: once round the loop on sm_{SHOWN[0]}; accesses as *count×bits a lane*.
 - CUTLASS: the same of its kernels for sm_80, from the headers of pip's package compiled by the same nvcc, for scale.
 
 {products(kernels, rivals)}

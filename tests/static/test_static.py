@@ -64,6 +64,8 @@ def broken(kernel: Kernel, loop: sass.Issued) -> list[str]:
         problems.append(f"{loop.products} {loop.product} of {len(loop.instructions)} are less than {promise.share:.0%}")
     if loop.per_shared_load < promise.per_shared_load:
         problems.append(f"{loop.per_shared_load:.2f} for each shared load, less than {promise.per_shared_load}")
+    if promise.round and ((best := kernel.code.shortest_round) is None or best.share < promise.round):
+        problems.append(f"its shortest round is {best and f'{best.share:.1%}'}, less than {promise.round:.0%}")
     if not promise.copies_narrow and set(loop.widths("LDGSTS")) - {128}:
         problems.append(f"asynchronous copies of {dict(loop.widths('LDGSTS'))} bits, not 128")
     tf32 = any(i.base == "HMMA" and "TF32" in i.opcode for i in loop.instructions)
@@ -207,6 +209,9 @@ def test_the_report_sees_what_is_bad(bad: dict[str, Kernel], monkeypatch: pytest
     assert loop.widths("LDG") == {32: 2}
     assert problems("product_kernel") == ""
     assert "less than 99%" in problems("product_kernel", share=0.99)
+    most = bad["product_kernel"].code.shortest_round
+    assert most and most.products == loop.products and loop.share < most.share < 0.99
+    assert f"its shortest round is {most.share:.1%}, less than 99%" in problems("product_kernel", round=0.99)
     assert problems("product_kernel", per_shared_load=9) == "8.00 for each shared load, less than 9"
     monkeypatch.setattr(promises, "PRODUCTS", [])
     assert broken(bad["product_kernel"], loop)[0].startswith("state its share")
