@@ -29,9 +29,9 @@
 
 namespace zfcuda {
 
-constexpr int kBlockPixels = 128;  // at most
-constexpr int kMostPlanes = 4;     // of an axis: larger strides do without halos
-constexpr int kUnread = std::numeric_limits<int>::min();  // the row of a slot that no tap reads
+constexpr int kBlockPixels = 128;      // at most
+constexpr int kMostPlanes = 4;         // of an axis: larger strides do without halos
+constexpr int kUnread = kOutside - 1;  // the row of a slot that no tap reads
 
 // The taps of a plane (or phase) along one axis: those from `first` on, tap_step apart. A slot at
 // position y is the plane's position y + least, and tap t reads the slot of its pixel
@@ -122,7 +122,7 @@ inline std::int64_t line_ends(std::int64_t length, std::int64_t pixels) {
 template <typename SizeOf>
 void choose_strips(TapPlan& p, std::int64_t most, SizeOf&& size_of) {
     const int width = (p.x.size + p.x.phases - 1) / p.x.phases;
-    double best = std::numeric_limits<double>::max();
+    double best = 1e30;
     std::int64_t least = most;
     const auto consider = [&](int strips, int strip, int pixels) {
         const double cost = double(strips) * strip / pixels;
