@@ -107,7 +107,7 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     };
     // take(i, value) for the loads of a chunk, one after the other where the source gathers.
     const auto scalars = [&](auto&& take) {
-        constexpr int kUnroll = kGathers<Source> ? 1 : kLoads;
+        [[maybe_unused]] constexpr int kUnroll = kGathers<Source> ? 1 : kLoads;
         TapPixel tap = displacement(left_at.high, left_at.middle, left_at.low);
         if constexpr (kChannelsLast) {
 #pragma unroll kUnroll
