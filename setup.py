@@ -30,7 +30,7 @@ class NinjaBuild(build_ext):
         toolkit, modules = build.choose_toolkit(), build.cpu_modules()
         if toolkit:
             archs = build.choose_archs(toolkit)
-            modules.append(build.cuda_module(toolkit, archs))
+            modules.insert(0, build.cuda_module(toolkit, archs))  # its files take longest: they begin first
             major, minor = toolkit.version()
             say(f"zfcuda: building for the CPU and CUDA {major}.{minor}, sm_{' sm_'.join(map(str, archs))}")
         else:

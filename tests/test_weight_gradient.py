@@ -11,7 +11,8 @@ from torch import Tensor
 
 import zfcuda
 from zfcuda import reference
-from zfcuda.ops._conv import conv2d_weight_gradient
+from zfcuda.ops._conv import Filters, conv2d_weight_gradient, filters_of
+from zfcuda.ops._pool import window_of
 from zfcuda.ops.unpool_relu_deconv2d import unpooled_weight_gradient
 
 GATES = ("none", "deconvnet", "backprop", "guided")
@@ -55,11 +56,9 @@ def maps_size(size, kernel, options) -> tuple[int, ...]:
     return F.conv2d(torch.empty(size, device="meta"), weight, **{**options, "groups": 1}).shape[2:]
 
 
-def pairs(options: dict) -> list:
-    """The operators' arguments, one by one."""
-    defaults = {"stride": 1, "padding": 0, "dilation": 1}
-    values = (options.get(name, value) for name, value in defaults.items())
-    return [*([v, v] if isinstance(v, int) else list(v) for v in values), options.get("groups", 1)]
+def filters(options: dict) -> Filters:
+    """The convolution's arguments, as the operators take them."""
+    return filters_of(**{"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | options)
 
 
 #: image, maps, kernel, the rest: sums off every chunk, several splits of them; results off both tiles; channels that
@@ -91,7 +90,7 @@ def test_of_a_signal(backend, mode, gate, size, maps, kernel, options):
     tensors = placed(mode, backend.device, image, signal, forward, weight)
     if gate in ("none", "deconvnet"):
         tensors[2] = None
-    actual, bias = conv2d_weight_gradient(*tensors, *pairs(options), gate, True)
+    actual, bias = conv2d_weight_gradient(*tensors, filters(options), gate, True)
     if gate in ("deconvnet", "guided"):
         signal = signal.relu()
     if gate in ("backprop", "guided"):
@@ -130,8 +129,7 @@ def test_of_an_unpooled_signal(backend, mode, gate, overlap, channels, maps, opt
         tensors[2] = None
     where = switches.to(backend.device, memory_format=torch.channels_last)
     image_on, signal_on, forward, weight_on = tensors
-    windows = [3, 3], [2, 2], [0, 0], [1, 1]
-    slides = *pairs(options), *windows, [height, width], overlap == "overwrite", gate
+    slides = filters(options), window_of(3, 2, 0, 1), [height, width], overlap == "overwrite", gate
     actual = unpooled_weight_gradient(image_on, signal_on, where, forward, weight_on, *slides)
     unpooled = reference.max_unpool2d(masked, switches, **pool, output_size=(height, width), overlap=overlap)
     if gate in ("deconvnet", "guided"):
@@ -148,7 +146,7 @@ def test_whole_numbers_are_exact(backend, mode):
     for left, right in ((image, signal), (signal[:, :8], image.repeat(1, 2, 1, 1))):
         tensors = placed(mode, backend.device, left, right)
         actual, _ = conv2d_weight_gradient(
-            *tensors, None, weight.to(backend.device), *pairs({"padding": 1}), "none", False
+            *tensors, None, weight.to(backend.device), filters({"padding": 1}), "none", False
         )
         assert torch.equal(actual.cpu().double(), gradient(left, right, (3, 3), {"padding": 1}))
 
@@ -161,7 +159,7 @@ def test_tf32_rounds_the_signal_without_a_bias(backend, mode):
     signal = torch.exp(4 * normal(1, 64, 40, 40))  # of every size
     weight = torch.empty(64, 4, 1, 1)
     tensors = placed(mode, backend.device, image, signal)
-    actual, _ = conv2d_weight_gradient(*tensors, None, weight.to(backend.device), *pairs({}), "none", False)
+    actual, _ = conv2d_weight_gradient(*tensors, None, weight.to(backend.device), filters({}), "none", False)
     terms = signal.float().double()
     error = nudged(terms).double() / terms - 1
     assert error.abs().max() < 0.73 * 2**-10
@@ -182,7 +180,7 @@ def test_ieee_is_more_exact_than_3xtf32_and_that_than_tf32(backend):
         with zfcuda.set_fp32_precision(name):
             tensors = placed(name, backend.device, image, signal)
             weight = torch.empty(16, 8, 3, 3, device=backend.device)
-            actual, _ = conv2d_weight_gradient(*tensors, None, weight, *pairs({"padding": 1}), "none", False)
+            actual, _ = conv2d_weight_gradient(*tensors, None, weight, filters({"padding": 1}), "none", False)
         error[name] = ((actual.cpu().double() - exact).abs() / size).max()
     assert error["ieee"] < 2**-21 and error["3xtf32"] < 2**-19 and 2**-14 < error["tf32"] < 2**-9
 
@@ -196,8 +194,8 @@ def test_what_is_not_finite(backend, mode, value, where):
     image, signal = normal(1, 8, 6, 6), normal(1, 16, 6, 6, seed=1)
     (image if where == "image" else signal)[0, 2, 3, 1] = float(value)
     weight = torch.empty(16, 8, 3, 3)
-    left, right, filters = placed(mode, backend.device, image, signal, weight)
-    actual, _ = conv2d_weight_gradient(left, right, None, filters, *pairs({"padding": 1}), "deconvnet", False)
+    left, right, weight = placed(mode, backend.device, image, signal, weight)
+    actual, _ = conv2d_weight_gradient(left, right, None, weight, filters({"padding": 1}), "deconvnet", False)
     signal = torch.where(signal < 0, 0, signal)
     expected = gradient(image, signal, (3, 3), {"padding": 1})
     if mode == "3xtf32":
@@ -222,7 +220,7 @@ def test_misaligned_memory(backend, mode, which):
     tensors = placed(mode, backend.device, image, signal)
     tensors[which == "signal"] = shifted((image, signal)[which == "signal"])
     weight = torch.empty(16, 8, 3, 3, device=backend.device, dtype=dtype)
-    actual, _ = conv2d_weight_gradient(*tensors, None, weight, *pairs({"padding": 1}), "none", False)
+    actual, _ = conv2d_weight_gradient(*tensors, None, weight, filters({"padding": 1}), "none", False)
     check_model(actual, image, signal, (3, 3), {"padding": 1}, mode if mode in HALVES else "by FMA")
 
 
@@ -233,7 +231,7 @@ def test_older_architectures_multiply_by_fma(backend, mode, emulator, monkeypatc
     image, signal = normal(1, 8, 5, 5), normal(1, 16, 5, 5, seed=1)
     monkeypatch.setattr(emulator, "arch", 75)
     left, right, weight = placed(mode, backend.device, image, signal, torch.empty(16, 8, 3, 3))
-    actual, _ = conv2d_weight_gradient(left, right, None, weight, *pairs({"padding": 1}), "none", False)
+    actual, _ = conv2d_weight_gradient(left, right, None, weight, filters({"padding": 1}), "none", False)
     check_model(actual, image, signal, (3, 3), {"padding": 1}, mode if mode in HALVES else "by FMA")
 
 
@@ -241,7 +239,7 @@ def test_older_architectures_multiply_by_fma(backend, mode, emulator, monkeypatc
 @IN_EACH_MODE
 def test_no_images(backend, mode):
     left, right, weight = placed(mode, backend.device, normal(0, 8, 5, 5), normal(0, 16, 5, 5), torch.ones(16, 8, 3, 3))
-    actual, bias = conv2d_weight_gradient(left, right, None, weight, *pairs({"padding": 1}), "none", True)
+    actual, bias = conv2d_weight_gradient(left, right, None, weight, filters({"padding": 1}), "none", True)
     assert not actual.any() and not bias.any() and actual.shape == weight.shape
 
 
@@ -254,12 +252,12 @@ def test_several_splits_of_contiguous_images(backend, dtype, pooled):
     above, switches = reference.max_pool2d(normal(3, 6, 10, 10, seed=1).to(dtype), 2)
     signal = reference.max_unpool2d(above, switches, 2, output_size=(10, 10))
     left, weight = image.to(backend.device), torch.empty(6, 5, 3, 3, dtype=dtype, device=backend.device)
-    filters = pairs({"padding": 1})
+    slide = filters({"padding": 1})
     if pooled:
-        given = above.to(backend.device), switches.to(backend.device), None, weight, *filters
-        actual = unpooled_weight_gradient(left, *given, [2, 2], [2, 2], [0, 0], [1, 1], [10, 10], False, "none")
+        given = above.to(backend.device), switches.to(backend.device), None, weight, slide
+        actual = unpooled_weight_gradient(left, *given, window_of(2, 2, 0, 1), [10, 10], False, "none")
     else:
-        actual, _ = conv2d_weight_gradient(left, signal.to(backend.device), None, weight, *filters, "none", False)
+        actual, _ = conv2d_weight_gradient(left, signal.to(backend.device), None, weight, slide, "none", False)
     torchs = gradient(image, signal, (3, 3), {"padding": 1})
     exact = gradient(image.double(), signal.double(), (3, 3), {"padding": 1})
     assert_within(actual, torchs, exact, 300)
