@@ -125,21 +125,23 @@ def test_nan_is_passed_over(backend, pool, layout):
         same(placed.call(ops.conv2d_relu_max_pool2d_maximum), placed.call(chain))
 
 
-TILES = [((2, 3, 17, 16), (96, 3, 7, 7)), ((1, 3, 17, 16), (40, 3, 5, 5)), ((2, 16, 15, 14), (72, 16, 3, 3)),
-         ((1, 32, 13, 14), (8, 32, 1, 1))]  # fmt: skip
+#: Image, filters, the columns' distance: from patches, taps and halos, and by FMA, each in wide and narrow tiles.
+TILES = [((2, 3, 17, 16), (96, 3, 7, 7), 1), ((1, 3, 17, 16), (40, 3, 5, 5), 1), ((2, 16, 15, 14), (72, 16, 3, 3), 2),
+         ((1, 32, 9, 14), (40, 32, 1, 1), 1), ((1, 32, 9, 14), (8, 32, 1, 1), 1), ((1, 64, 15, 14), (40, 64, 3, 3), 1),
+         ((1, 64, 15, 14), (8, 64, 3, 3), 1), ((1, 20, 15, 14), (40, 20, 3, 3), 2), ((1, 20, 15, 14), (8, 20, 3, 3), 2),
+         ((1, 19, 15, 14), (40, 19, 3, 3), 2), ((1, 19, 15, 14), (8, 19, 3, 3), 2)]  # fmt: skip
+MODES = [("ieee", torch.float32), ("tf32", torch.float32), ("3xtf32", torch.float32), *(("ieee", h) for h in HALVES)]
 
 
-@pytest.mark.parametrize(
-    ("mode", "dtype"), [("tf32", torch.float32), ("3xtf32", torch.float32), *((None, h) for h in HALVES)]
-)
-@pytest.mark.parametrize(("size", "filters"), TILES, ids=str)
+@pytest.mark.parametrize(("mode", "dtype"), MODES)
+@pytest.mark.parametrize(("size", "filters", "apart"), TILES, ids=str)
 @pytest.mark.parametrize("pool", [POOL, FLOOR], ids=["ceil", "floor"])
-def test_on_the_tensor_cores(backend, size, filters, pool, mode, dtype):
-    """Every tile of theirs, some with more channels than threads side by side: exact for whole numbers."""
+def test_in_every_mode(backend, size, filters, apart, pool, mode, dtype):
+    """Every tile, some with more channels than threads side by side: exact for whole numbers."""
     inputs = [whole_numbers(*size, top=2), whole_numbers(*filters, seed=1, top=1), whole_numbers(filters[0], seed=2)]
-    sample = alone(Sample(inputs, {"padding": 1, **pool}))
+    sample = alone(Sample(inputs, {"padding": 1, "dilation": (1, apart), **pool}))
     placed = sample.on(backend.device, dtype, "channels_last")
-    with zfcuda.set_fp32_precision(mode or "ieee"):
+    with zfcuda.set_fp32_precision(mode):
         actual = placed.call(ops.conv2d_relu_max_pool2d_maximum)
     expected = sample.on(torch.device("cpu"), torch.float64).call(torchs)
     same(actual, [e.to(a.dtype) for a, e in zip(actual, expected, strict=True)])

@@ -239,15 +239,20 @@ def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels,
         (16, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
         (3, 96, {"stride": 2, "padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
         (3, 64, {"padding": 1}, {"pool_kernel_size": 2}),
-        (48, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (64, 20, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
+        (64, 9, {"padding": 1}, {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}),
         (16, 70, {"stride": 2}, {"pool_kernel_size": 2, "pool_stride": 3, "pool_padding": 1}),
         (16, 6, {"groups": 2}, {"pool_kernel_size": (3, 2), "pool_stride": 1, "pool_dilation": (1, 2)}),
         (16, 8, {}, {"pool_kernel_size": (12, 11)}),  # windows of 132 pixels: by FMA
     ],
     ids=str,
 )
-def test_convolution_and_pool(backend, mode, channels, maps, options, pool):
-    """The sums are those of the convolution, term by term, so that maxima and switches are the same bits."""
+def test_convolution_and_pool(backend, request, monkeypatch, mode, channels, maps, options, pool):
+    """The sums are those of a convolution that is not split, term by term: maxima and switches are the same bits."""
+    if backend.name == "simt":
+        monkeypatch.setattr(request.getfixturevalue("emulator"), "processors", 1)
+    elif channels > 16:
+        pytest.skip("a GPU may split sums of so many channels")
     image = normal(2, channels, 14, 13)
     weight, bias = normal(maps, channels // options.get("groups", 1), 3, 3, seed=1), normal(maps, seed=2)
     tensors = placed(mode, backend.device, image, weight, bias)
