@@ -634,6 +634,19 @@ def test_a_repeated_call_writes_out(declared, monkeypatch):
 
 
 @WRITES
+def test_an_impossible_out_is_refused_after_calls_that_were_right(declared):
+    """None for results, one in a list: their arguments are those of calls that the memo knows."""
+    call, outs, sample = _with_out(declared)
+    call()
+    right = sample.options.pop("out")
+    call()
+    for wrong in ([], (), [right] if len(outs) == 1 else outs[:1]):
+        sample.options["out"] = wrong
+        with pytest.raises(TypeError, match="out is a"):
+            call()
+
+
+@WRITES
 @FROM_2_10
 def test_out_is_written_in_less_than_half_the_time_of_a_checked_call(declared, threads):
     threads(1)

@@ -394,10 +394,11 @@ def _written(memo: Any, function: Callable[..., Any], args: tuple[Any, ...], kwa
     It does not see whether they share memory, nor does torch see that they are written.
     """
     out = kwargs["out"]
-    outs = {f"out[{n}]": value for n, value in enumerate(out if isinstance(out, (tuple, list)) else [out])}
+    several = isinstance(out, (tuple, list))
+    outs = {f"out[{n}]": value for n, value in enumerate(out)} if several else {"out": out}
     rest = {name: value for name, value in kwargs.items() if name != "out"}
     key = memo.key(*args, **rest, **outs)
-    if key is None or not all(isinstance(value, Tensor) for value in outs.values()):
+    if key is None or not outs or not all(isinstance(value, Tensor) for value in outs.values()):
         return function(args, kwargs)
     inputs = {str(n): a for n, a in enumerate((*args, *rest.values())) if isinstance(a, Tensor)}
     if not meeting(outs, inputs) and memo.recall(*args, **rest, **outs) is not None:
