@@ -145,6 +145,8 @@ REFUSED = [
     (RuntimeError, "fill is 256", lambda i, n, o: ops.crop_windows(i, n, o, 2, 256)),
     (RuntimeError, "fill is -1", lambda i, n, o: ops.crop_windows(i, n, o, 2, -1)),
     (RuntimeError, "size is", lambda i, n, o: ops.crop_windows(i, n, o, (2, 0))),
+    (RuntimeError, "size is", lambda i, n, o: ops.crop_windows(i, n, o, 2**31)),
+    (RuntimeError, "size is", lambda i, n, o: ops.crop_windows(i, n[:0], o[:0], 2**31)),
     (RuntimeError, "input has shape", lambda i, n, o: ops.crop_windows(i[0], n, o, 2)),
     (RuntimeError, "images has dtype", lambda i, n, o: ops.crop_windows(i, n.int(), o, 2)),
     (RuntimeError, "images has shape", lambda i, n, o: ops.crop_windows(i, o, o, 2)),

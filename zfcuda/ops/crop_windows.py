@@ -75,7 +75,7 @@ def _check(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int]) 
         raise RuntimeError(f"images has shape {tuple(images.shape)}; it must be (windows,), a number for each window")
     check_origins("images", images, images.shape, input)
     check_origins("origins", origins, (len(images), 2), input)
-    if len(images) * size[0] * size[1] * input.size(3) * input.element_size() >= 1 << 63:
+    if max(len(images), 1) * size[0] * size[1] * input.size(3) * input.element_size() >= 1 << 63:
         raise RuntimeError(f"size is {tuple(size)}; the windows of all {len(images)} images would have over 2^63 bytes")
     return [len(images), *size, input.size(3)]
 
