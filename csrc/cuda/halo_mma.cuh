@@ -7,9 +7,8 @@
 //            |  halo of a chunk: |   |   |   |    weights of one tap: three buffers, copies fill
 //            |  4 pieces         |   |   |   |    two of them while the third is multiplied
 //            +-------------------+---+---+---+- -
-//            |  halo of the next |    comes while the taps of this chunk are multiplied, a part
-//            with
-//            +-------------------+    each tap but the last
+//            |  halo of the next |    comes while the taps of this chunk are multiplied: a part
+//            +-------------------+    with each tap but the last
 //
 // tap_mma.cuh reads the source anew for each tap: 9 times for 3 x 3, from L2. Here it comes once a
 // chunk and the taps are shifts of the addresses that ldmatrix gets; only the weights stream. That

@@ -4,8 +4,7 @@
 //   partial[split][i] = sum over the chunks of k of this split              the product's kernel
 //   result[i]         = gate(bias + partial[0][i] + partial[1][i] + …)      add_splits_kernel
 //
-//   k in chunks   0 1 2 3 | 4 5 6 7 | 8 9      blockIdx.y is the split, gridDim.y how many there
-//   are;
+//   k in chunks   0 1 2 3 | 4 5 6 7 | 8 9      blockIdx.y is the split, gridDim.y their number;
 //                 split 0 | split 1 | 2        each takes as many chunks, rounded up
 //
 // Partial sums are what sums are (Sum: float32, or float64) and lie as the result does, so that the
