@@ -250,7 +250,7 @@ def page(kernels: list[Kernel]) -> str:
   ({" · ".join(mode.name for mode in MODES)}): {peaks}.
 - **model**: as many waves of blocks as the grid takes, of tiles padded to their size; a block's main loop at the rate
   of its multiply-adds, of issuing the instructions of its shortest round, or of reading from the second-level cache,
-  whichever is the least; or the bytes. No latency, no epilogue, nothing of what gathers: a GPU will take longer. On
+  whichever takes longest; or the bytes. No latency, no epilogue, nothing of what gathers: a GPU will take longer. On
   Hopper `mma.sync` reaches less than two thirds of the peak.
 - What only moves data (pools, unpooling, normalisation, ReLU) is bound by its bytes: its floor is its model.
 
