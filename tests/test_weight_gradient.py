@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import test_precision
 import torch
 import torch.nn.functional as F
 from oracles import assert_within, normal, whole_numbers
-from test_precision import CUDA, HALVES, MODES, placed, truncated
+from test_precision import CUDA, HALVES, IN_EACH_MODE, MODES, placed, truncated
 from torch import Tensor
 
 import zfcuda
@@ -18,14 +19,7 @@ from zfcuda.ops.unpool_relu_deconv2d import unpooled_weight_gradient
 GATES = ("none", "deconvnet", "backprop", "guided")
 
 
-@pytest.fixture
-def mode(request):
-    """How float32 is multiplied, or a half, which is multiplied as it is."""
-    with zfcuda.set_fp32_precision("ieee" if request.param in HALVES else request.param):
-        yield request.param
-
-
-IN_EACH_MODE = pytest.mark.parametrize("mode", [*MODES, *HALVES], indirect=True)
+mode = test_precision.mode
 
 
 def gradient(image: Tensor, signal: Tensor, kernel: tuple[int, int], options: dict) -> Tensor:
