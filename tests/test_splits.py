@@ -9,6 +9,7 @@ import pytest
 import test_conv2d_relu_max_pool2d as pooled
 import test_deconv2d as deconv
 import test_precision as precision
+import test_stacked_phases as stacked_phases
 import test_unpool_relu_deconv2d as unpooled
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,7 @@ UP = [
 DOWN = [
     ((1, 448, 3, 2), (448, 20, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),  # a phase of a fourth of k
     ((1, 384, 3, 3), (384, 3, 3, 3), {"groups": 2}),
+    ((1, 1024, 2, 2), (1024, 3, 5, 5), {"stride": 2, "padding": 1}),  # phases as columns
 ]
 
 
@@ -306,10 +308,12 @@ def test_splits_stay_within_a_wave_and_never_cost(choice, shape, kind, transpose
     assert cycles <= whole and (splits > 1 or (columns, cycles) == (whole_columns, whole))
     kinds = "mma" if kind[1] != "fma" else "double" if kind[0] is torch.float64 else "fma"
     rows, resident = TILES[kinds][columns]
-    batch, channels, height, width, maps, out_height, out_width, *_, stride, _, _, _, _, _, _, _ = shape
+    batch, channels, height, width, maps, out_height, out_width, kernel, _, stride, _, padding, *_ = shape
     pixels = batch * (ceil(height / stride) * ceil(width / stride) if transposed else out_height * out_width)
     tiles = ceil(pixels / rows) * ceil((channels if transposed else maps) / columns)
-    tiles *= min(stride, height) * min(stride, width) if transposed else 1
+    narrowest = 64 if kinds == "double" else 16
+    apart, stacked = stacked_phases.products(channels, (kernel,) * 2, (stride,) * 2, (padding,) * 2, narrowest)
+    tiles *= min(stride, height) * min(stride, width) if transposed and apart <= stacked else 1
     assert splits == 1 or tiles * splits <= resident * processors
     results = batch * (channels * height * width if transposed else prod((maps, out_height, out_width)))
     assert splits == 1 or splits * results <= resident * processors * rows * columns

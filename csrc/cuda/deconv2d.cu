@@ -5,8 +5,9 @@
 //                    with my*stride - padding + ky*dilation = y, likewise mx
 //
 // The product is tap_gemm.cuh's, a slice of the grid for each phase of the stride: a 7x7 filter
-// with stride 2 becomes 16 + 12 + 12 + 9 taps instead of four times 49 with zeros between. The
-// gate acts while the signal is loaded. Least bytes: signal (and forward) + weights + image.
+// with stride 2 becomes 16 + 12 + 12 + 9 taps instead of four times 49 with zeros between; to an
+// image of three colours, 16 taps for all four together (columns.cuh). The gate acts while the
+// signal is loaded. Least bytes: signal (and forward) + weights + image.
 #include "packed_deconv2d.cuh"
 #include "tap_gemm.cuh"
 

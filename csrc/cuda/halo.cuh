@@ -173,10 +173,7 @@ inline bool halo_pays(const TapPlan& p, int pieces) {
 template <bool kTransposed>
 __device__ int halo_slot(const TapBlock<kTransposed>& block, const HaloPlan& h, int row) {
     if (row >= block.pixels) return 0;
-    const std::int64_t line = block.first_pixel / block.strip;
-    const int x = static_cast<int>(block.first_pixel - line * block.strip) + row;
-    const int lines = x / block.strip;
-    const int y = static_cast<int>(line % block.rows.pixels) + lines;
+    const int x = block.first_x + row, lines = x / block.strip, y = block.first_y + lines;
     return (lines + y / block.rows.pixels * h.y.span) * h.pitch + x % block.strip;
 }
 
@@ -184,11 +181,9 @@ __device__ int halo_slot(const TapBlock<kTransposed>& block, const HaloPlan& h, 
 template <bool kTransposed>
 __device__ TapPixel halo_pixel(const TapBlock<kTransposed>& block, const TapPlan& p,
                                const HaloPlan& h, int slot) {
-    const std::int64_t line = block.first_pixel / block.strip;
-    const std::int64_t first = line / block.rows.pixels;  // strip of an image
-    const int row = static_cast<int>(line - first * block.rows.pixels) + slot / h.pitch;
-    const int column = slot % h.pitch, tall = block.rows.pixels + h.y.span;
-    const std::int64_t strip = first + row / tall, n = strip / block.strips;
+    const int row = block.first_y + slot / h.pitch, column = slot % h.pitch;
+    const int tall = block.rows.pixels + h.y.span;
+    const std::int64_t strip = block.first_strip + row / tall, n = strip / block.strips;
     const int y = row % tall * p.y.pixel_step;
     const int x =
         (static_cast<int>(strip - n * block.strips) * block.strip + column) * p.x.pixel_step;

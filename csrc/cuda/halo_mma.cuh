@@ -99,8 +99,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
     using Shared = HaloShared<Tile>;
     constexpr int kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
     constexpr int kElements = Pack<T>::size;  // of a piece
-    constexpr int kStep = Tile::kThreads / kPieces, kRight = (kN + kStep - 1) / kStep;
-    static_assert(kStep % 8 == 0, "the places of a thread's columns differ by kStep");
+    constexpr int kStep = Tile::kStep;
 
     // A thread brings one piece of each chunk: of slots and of columns that are kStep apart.
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
@@ -136,11 +135,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
             const int number = ahead.chunk * kPieces + piece;
             const T* const from =
                 weights + std::int64_t(tap * pieces + number) * p.padded_columns * kElements;
-            const int bytes = number < pieces ? 16 : 0;
-            if (kN % kStep == 0 || first < kN)
-#pragma unroll
-                for (int j = 0; j < kRight; ++j)
-                    cp_async<16>(to + j * kStep, from + j * kStep * kElements, bytes);
+            Tile::template bring_right<false>(to, from, number < pieces ? 16 : 0);
             if (++ahead_column == ahead.columns.count) {
                 ahead_column = 0;
                 if (++ahead_row == ahead.rows.count) {
@@ -177,7 +172,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
         const int y = pixel.y + dy, x = pixel.x + dx;
         const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(p.height) &&
                             static_cast<unsigned>(x) < static_cast<unsigned>(p.width);
-        return {pixel.y != kUnread, inside && whole, pixel.source + from, y, x};
+        return {pixel.y != kUnread, inside && whole, pixel.offset + from, y, x};
     };
     const auto load = [&](const Item& item) -> Vector<T, kElements> {
         Vector<T, kElements> vector = {};
@@ -284,8 +279,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         p, h, source, block.rows, block.columns, block.group, block.first_column, packed,
         HaloShared<Tile>(memory), sum, [&](int row) { return halo_slot(block, h, row); },
         [&](int slot) { return halo_pixel(block, p, h, slot); });
-    store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(memory), bias, forward,
-                        result, [](int row) { return row; });
+    store_results<Tile>(p, block, sum, reinterpret_cast<TapPixel*>(memory), bias, forward, result,
+                        [](int row) { return row; });
 }
 
 template <typename Factors, bool kTransposed, typename Source>

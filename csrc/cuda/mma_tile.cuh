@@ -127,6 +127,19 @@ struct MmaTile {
             slots[k] = kept(slot<kN>(2 * k + number / 8 % 2, column));
     }
 
+    // Copies pieces of the packed weights, `bytes` of each, to a stage of the right factor: a
+    // thread brings one piece of every kStep-th column.
+    static constexpr int kStep = kThreads / kPieces;
+    template <bool kThroughL1, typename T>
+    __device__ static void bring_right(Piece* to, const T* from, int bytes) {
+        static_assert(kStep % 8 == 0, "the places of a thread's columns differ by kStep");
+        constexpr int kElements = Pack<T>::size, kColumns = (kN + kStep - 1) / kStep;
+        if (kN % kStep == 0 || threadIdx.x / kPieces < kN)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+                cp_async<16, kThroughL1>(to + j * kStep, from + j * kStep * kElements, bytes);
+    }
+
     // The product of a chunk: left(k, i, bits) gives the lane's fragment of pair k for the i-th 16
     // rows of its warp.
     template <typename Factors, typename Left>
@@ -159,9 +172,8 @@ struct MmaTile {
 
     __device__ static int row(int i) { return first_row() + 8 * i + threadIdx.x % 32 / 4; }
     __device__ static int column(int j) { return first_column() + 16 * j + threadIdx.x % 4 * 4; }
-    __device__ static void quad(const Accumulator& sum, int i, int j, float (&quad)[4]) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) quad[e] = sum[i / 2][2 * j + e / 2][i % 2 * 2 + e % 2];
+    __device__ static float result(const Accumulator& sum, int i, int j, int e) {
+        return sum[i / 2][2 * j + e / 2][i % 2 * 2 + e % 2];
     }
 };
 

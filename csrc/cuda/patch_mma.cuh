@@ -63,7 +63,7 @@ __device__ __forceinline__ void bring_patch(const TapPlan& p, const PatchPlan& h
         T* const to = reinterpret_cast<T*>(patch) + row * h.pitch;
         for (int e = lane; e < h.pitch; e += 32) {
             const bool reads = e >= low && e < high && e < h.length;
-            const T* const from = image + begin.source + e;
+            const T* const from = image + begin.offset + e;
             if constexpr (sizeof(T) == 4) {
                 cp_async<4>(to + e, from, reads ? 4 : 0);
             } else {
@@ -88,8 +88,6 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
     using Shared = PatchShared<Tile>;
     constexpr int kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
     constexpr int kElements = Pack<T>::size;  // of a piece
-    constexpr int kStep = Tile::kThreads / kPieces, kRight = (kN + kStep - 1) / kStep;
-    static_assert(kN % kStep == 0, "all threads bring weights");
 
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));
@@ -103,9 +101,7 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
         if (chunk < chunks) {
             const int bytes = begin + chunk * kPieces + piece < pieces ? 16 : 0;
             Piece* const to = shared.stages + stage * Shared::kStage + stage_slot;
-#pragma unroll
-            for (int j = 0; j < kRight; ++j)
-                cp_async<16, true>(to + j * kStep, weights + j * kStep * kElements, bytes);
+            Tile::template bring_right<true>(to, weights, bytes);
             weights += std::int64_t(p.padded_columns) * kElements * kPieces;
         }
         cp_async_commit();  // perhaps an empty group, so that the newest two are always the same
@@ -193,8 +189,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         p, h, image, block.first_column, packed, PatchShared<Tile>(memory), sum,
         [&](int pixel) { return patch_base(block, p, h, pixel); },
         [&](int row) { return patch_row(block, p, h, row); });
-    store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(memory), bias, forward,
-                        result, [&](int row) { return patch_pixel(h, row); });
+    store_results<Tile>(p, block, sum, reinterpret_cast<TapPixel*>(memory), bias, forward, result,
+                        [&](int row) { return patch_pixel(h, row); });
 }
 
 template <typename Factors>

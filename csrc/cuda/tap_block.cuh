@@ -8,9 +8,31 @@
 namespace zfcuda {
 
 // Where a pixel of the result reads (before the taps): element 0 of the block's group, row, column.
+// Or, of a target, where it is written.
 struct alignas(16) TapPixel {
-    std::int64_t source;
+    std::int64_t offset;
     int y, x;
+};
+
+// Whether a tile's columns may be phases (columns.cuh).
+template <bool kTransposed, typename Tile>
+constexpr bool kStacks = kTransposed && Tile::kN <= kMostStacked;
+
+// A column of stacked phases: what it adds to where column 0 of a pixel goes, and its bias.
+template <typename T>
+struct StackedColumn {
+    int y, x;
+    std::int64_t offset;
+    Sum<T> shift;
+
+    __device__ StackedColumn(const TapPlan& p, const T* bias, int column) {
+        const int channels = static_cast<int>(p.result.channels), phase = column / channels;
+        const int channel = column - phase * channels;
+        y = phase / p.x.stacked;
+        x = phase - y * p.x.stacked;
+        offset = y * p.result.step_y() + x * p.result.step_x() + channel * p.result.step_channel();
+        shift = bias != nullptr ? Sum<T>(bias[channel]) : Sum<T>(0);
+    }
 };
 
 // Whether a source computes what it loads from much else.
@@ -50,6 +72,8 @@ struct TapBlock {
     int strips, strip, pixels;
     PhaseTaps rows, columns;
     std::int64_t first_pixel, pixel_count;
+    std::int64_t first_strip;  // of all images': that of the first pixel,
+    int first_y, first_x;      // which lies there
 
     struct Place {
         std::int64_t n;
@@ -58,10 +82,8 @@ struct TapBlock {
     };
 
     __device__ Place place(int row) const {
-        const std::int64_t line = first_pixel / strip, first = line / rows.pixels;
-        const int across = static_cast<int>(first_pixel - line * strip) + row;
-        const int down = static_cast<int>(line - first * rows.pixels) + across / strip;
-        const std::int64_t number = first + down / rows.pixels, n = number / strips;
+        const int across = first_x + row, down = first_y + across / strip;
+        const std::int64_t number = first_strip + down / rows.pixels, n = number / strips;
         const int x = static_cast<int>(number - n * strips) * strip + across % strip;
         return {n, down % rows.pixels, x,
                 row < pixels && first_pixel + row < pixel_count && x < columns.pixels};
@@ -73,13 +95,12 @@ struct TapBlock {
         return {p.steps.offset(at.n, std::int64_t(group) * p.channels, y, x),
                 at.inside ? y : kOutside, x};
     }
-    // Where column 0 of a row goes, or -1.
-    __device__ std::int64_t target(const TapPlan& p, int row) const {
+    // Where column 0 of a row goes, with its row and column of the result; or -1.
+    __device__ TapPixel target(const TapPlan& p, int row) const {
         const Place at = place(row);
-        if (!at.inside) return -1;
-        return p.result.offset(at.n, std::int64_t(group) * p.columns,
-                               kTransposed ? phase_y + at.y * p.y.stride : at.y,
-                               kTransposed ? phase_x + at.x * p.x.stride : at.x);
+        const int y = phase_y + at.y * p.y.result_step, x = phase_x + at.x * p.x.result_step;
+        return {at.inside ? p.result.offset(at.n, std::int64_t(group) * p.columns, y, x) : -1, y,
+                x};
     }
 };
 
@@ -101,6 +122,10 @@ __device__ TapBlock<kTransposed> tap_block(const TapPlan& p) {
     b.strips = p.strip > 0 ? p.strips : 1;
     b.strip = p.strip > 0 ? p.strip : b.columns.pixels;
     b.pixel_count = p.batch * b.strips * b.rows.pixels * b.strip;
+    const std::int64_t line = b.first_pixel / b.strip;
+    b.first_strip = line / b.rows.pixels;
+    b.first_y = static_cast<int>(line - b.first_strip * b.rows.pixels);
+    b.first_x = static_cast<int>(b.first_pixel - line * b.strip);
     return b;
 }
 
@@ -172,6 +197,21 @@ struct TapResult {
 #pragma unroll
             for (int f = 0; f < kPack; ++f) pack.value[f] = finish(quad[e + f], offset + e + f);
             store_vector(values + offset + e, pack);
+        }
+    }
+    // Four columns of stacked phases, those there are: each(e, store) calls store(sum, target) for
+    // the pixels of number e.
+    template <typename Each>
+    __device__ void store_phases(const TapPlan& p, const T* bias, int first, Each&& each) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            if (first + e >= p.columns) continue;
+            const StackedColumn<T> column(p, bias, first + e);
+            each(e, [&](Sum<T> sum, const TapPixel& target) {
+                if (target.offset >= 0 && target.y + column.y < p.result.height &&
+                    target.x + column.x < p.result.width)
+                    store(sum + column.shift, target.offset + column.offset);
+            });
         }
     }
     // Four channels of an NHWC pixel, those there are.

@@ -41,6 +41,7 @@
 
 #include "mma_tile.cuh"
 #include "patch.cuh"
+#include "tap_weights.cuh"
 #include "tile.cuh"
 
 namespace zfcuda {

@@ -15,7 +15,8 @@
 // Transposed: the image's pixels y = phase + q * stride of one phase of the stride are hit only by
 // the taps with t * dilation = phase + padding (mod stride), every tap_step-th one, and tap t
 // reads the maps at q + (phase + padding - t * dilation) / stride. Each phase is a convolution with
-// its own few taps, a slice of the grid; results are gathered, with no zero work and no atomics.
+// its own few taps, a slice of the grid; results are gathered, with no zero work and no atomics. Of
+// few channels, the phases are columns of one convolution (columns.cuh).
 //
 // Work: 2 * batch * pixels * taps * in_channels * out_channels / groups operations. A block reads
 // its source tile once for each column tile, the taps' overlap coming from L1, and writes each
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
     ZF_SHARED(Pack<V>, right_tiles, 2 * Tile::kRightSize / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
-    ZF_SHARED(std::int64_t, targets, kM);
+    ZF_SHARED(TapPixel, targets, kM);
     const TapTiles<V, Tile> tiles = {reinterpret_cast<V*>(left_tiles),
                                      reinterpret_cast<V*>(right_tiles), pixels};
     const int thread = threadIdx.x;
@@ -84,6 +85,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 #pragma unroll
     for (int q = 0; q < Tile::kColumns; q += 4) {
         const int column = block.first_column + Tile::column(q);
+        if constexpr (kStacks<kTransposed, Tile>)
+            if (p.stacked()) {
+                to.store_phases(p, bias, column, [&](int e, auto&& store) {
+#pragma unroll
+                    for (int i = 0; i < Tile::kRows; ++i)
+                        store(sum[i][q + e], targets[Tile::row(i)]);
+                });
+                continue;
+            }
         V shift[4];
         load_bias(p, block.group, bias, column, shift);
 #pragma unroll
@@ -97,16 +107,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                     quad[e] =
                         kChannelsLast ? sum[i + j][q + e] + shift[e] : sum[i + e][q + j] + shift[j];
                 if constexpr (kChannelsLast) {
-                    to.store_channels(p, quad, targets[Tile::row(i + j)], column);
+                    to.store_channels(p, quad, targets[Tile::row(i + j)].offset, column);
                 } else if (column + j < p.columns) {
                     const std::int64_t plane = (column + j) * p.result.step_channel();
                     if (p.quads) {
-                        const std::int64_t target = targets[Tile::row(i)];
+                        const std::int64_t target = targets[Tile::row(i)].offset;
                         if (target >= 0) to.store_quad(quad, target + plane);
                     } else {
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
-                            const std::int64_t target = targets[Tile::row(i + e)];
+                            const std::int64_t target = targets[Tile::row(i + e)].offset;
                             if (target >= 0) to.store(quad[e], target + plane);
                         }
                     }

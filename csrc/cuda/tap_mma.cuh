@@ -53,11 +53,10 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
                                             typename Tile::Accumulator& sum, PixelOf&& pixel_of) {
     using T = typename Factors::T;
     constexpr int kM = Tile::kM, kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
-    constexpr int kElements = Pack<T>::size;         // of a piece
-    constexpr int kStep = Tile::kThreads / kPieces;  // rows that the block brings at once
-    constexpr int kLeft = kM / kStep, kRight = (kN + kStep - 1) / kStep;
-    static_assert(kStep % 8 == 0 && kM % kStep == 0,
-                  "the places of a thread's rows differ by kStep");
+    constexpr int kElements = Pack<T>::size;  // of a piece
+    constexpr int kStep = Tile::kStep;        // rows that the block brings at once
+    constexpr int kLeft = kM / kStep;
+    static_assert(kM % kStep == 0, "all threads bring as many rows");
 
     // A thread brings one piece of each chunk, for some rows of the source and some of the weights.
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
@@ -97,7 +96,7 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
         inside = 0;
 #pragma unroll
         for (int i = 0; i < kLeft; ++i) {
-            from[i] = pixels[i].source + offset;
+            from[i] = pixels[i].offset + offset;
             if (static_cast<unsigned>(pixels[i].y + y) < static_cast<unsigned>(p.height) &&
                 static_cast<unsigned>(pixels[i].x + x) < static_cast<unsigned>(p.width))
                 inside |= 1u << i;
@@ -111,21 +110,14 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
             cp_async<16>(stage + left_slot + i * kStep, source + from[i],
                          inside & 1u << i ? 16 : 0);
     };
-    const auto bring_right = [&](Piece* stage) {
-        const int bytes = at.row < rows.count ? 16 : 0;
-        if (kN % kStep == 0 || first < kN)
-#pragma unroll
-            for (int j = 0; j < kRight; ++j)
-                cp_async<16>(stage + right_slot + j * kStep, weights + j * kStep * kElements,
-                             bytes);
-    };
     const int chunks = range.count;
     const std::int64_t weight_step = std::int64_t(p.padded_columns) * kElements * kPieces;
     const auto bring = [&](int chunk, int buffer) {
         if (chunk < chunks) {
             Piece* const stage = stages + buffer * Tile::kStagePieces;
             bring_left(stage);
-            bring_right(stage);
+            Tile::template bring_right<false>(stage + right_slot, weights,
+                                              at.row < rows.count ? 16 : 0);
             if (at.advance(kPieces, pieces, width)) {
                 enter_tap();
             } else {
@@ -167,8 +159,8 @@ __device__ __forceinline__ void mma_product(const TapPlan& p, const typename Fac
 template <typename Tile, bool kTransposed, typename T, typename PixelOf>
 __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<kTransposed>& block,
                                               const typename Tile::Accumulator& sum,
-                                              std::int64_t* targets, const T* bias,
-                                              const T* forward, void* result, PixelOf&& pixel_of) {
+                                              TapPixel* targets, const T* bias, const T* forward,
+                                              void* result, PixelOf&& pixel_of) {
     for (int row = threadIdx.x; row < Tile::kM; row += Tile::kThreads)
         targets[row] = block.target(p, pixel_of(row));
     __syncthreads();
@@ -176,15 +168,23 @@ __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<k
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
         const int column = block.first_column + Tile::column(j);
+        if constexpr (kStacks<kTransposed, Tile>)
+            if (p.stacked()) {
+                to.store_phases(p, bias, column, [&](int e, auto&& store) {
+#pragma unroll
+                    for (int i = 0; i < Tile::kRows; ++i)
+                        store(Tile::result(sum, i, j, e), targets[Tile::row(i)]);
+                });
+                continue;
+            }
         Sum<T> shift[4];
         load_bias(p, block.group, bias, column, shift);
 #pragma unroll
         for (int i = 0; i < Tile::kRows; ++i) {
             Sum<T> quad[4];
-            Tile::quad(sum, i, j, quad);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) quad[e] += shift[e];
-            to.store_channels(p, quad, targets[Tile::row(i)], column);
+            for (int e = 0; e < 4; ++e) quad[e] = Tile::result(sum, i, j, e) + shift[e];
+            to.store_channels(p, quad, targets[Tile::row(i)].offset, column);
         }
     }
 }
@@ -200,8 +200,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     mma_product<Factors, Tile>(p, source, block.rows, block.columns, block.group,
                                block.first_column, packed, stages, sum,
                                [&](int row) { return block.pixel(p, row); });
-    store_results<Tile>(p, block, sum, reinterpret_cast<std::int64_t*>(stages), bias, forward,
-                        result, [](int row) { return row; });
+    store_results<Tile>(p, block, sum, reinterpret_cast<TapPixel*>(stages), bias, forward, result,
+                        [](int row) { return row; });
 }
 
 // body(Factors{}) for a way on the tensor cores.

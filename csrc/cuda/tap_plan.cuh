@@ -1,14 +1,13 @@
-// The plan of a convolution as tap_gemm.cuh computes it: which taps hit which pixels, the sizes as
-// 32-bit integers, and the weights in the order of its columns.
+// The plan of a convolution as tap_gemm.cuh computes it: which taps hit which pixels, and the sizes
+// as 32-bit integers.
 #pragma once
 
 #include <limits>
 
+#include "columns.cuh"
 #include "gate.cuh"
 
 namespace zfcuda {
-
-constexpr int kPackThreads = 256;
 
 // How the product runs: by FMA (tap_gemm.cuh), or on the tensor cores (tap_mma.cuh) from factors of
 // this kind.
@@ -21,6 +20,8 @@ struct TapAxis {
     int tap_step;     // distance between the taps of a phase
     int offset_step;  // distance between their positions in the source
     int pixel_step;   // distance in the source between neighbouring pixels of a phase
+    int result_step;  // and in the result
+    int stacked;      // phases among the columns (columns.cuh), or 1
 };
 
 // The taps of one phase: kernel position first + t * tap_step, t < count, reads the source at
@@ -68,6 +69,8 @@ struct TapPlan {
     bool halo_fits;
     bool rectify;  // the source of the transposed convolution, the result of the other
     bool quads;    // four results that are neighbours in memory are stored at once
+
+    ZF_HD bool stacked() const { return y.stacked * x.stacked > 1; }
 };
 
 inline std::int64_t greatest_divisor(std::int64_t a, std::int64_t b) {
@@ -87,24 +90,17 @@ TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, st
     if (size > kLimit || kernel * dilation > kLimit || padding > kLimit || stride > kLimit)
         throw std::runtime_error("zfcuda: a side of a CUDA convolution is over 2^28 pixels");
     TapAxis axis = {int(size), int(kernel), int(stride),   int(padding), int(dilation),
-                    1,         1,           int(dilation), int(stride)};
+                    1,         1,           int(dilation), int(stride),  1,
+                    1};
     if (kTransposed) {
         const std::int64_t divisor = greatest_divisor(stride, dilation);
         axis.phases = static_cast<int>(stride < size ? stride : size);
         axis.tap_step = static_cast<int>(stride / divisor);
         axis.offset_step = -static_cast<int>(dilation / divisor);
         axis.pixel_step = 1;
+        axis.result_step = static_cast<int>(stride);
     }
     return axis;
-}
-
-// A group with few result channels has a tile of its own.
-inline bool narrow(std::int64_t columns, Dtype dtype) {
-    return dtype != Dtype::float64 && columns <= 16;
-}
-
-inline std::int64_t padded_columns(std::int64_t columns, Dtype dtype) {
-    return narrow(columns, dtype) ? 16 : (columns + 63) / 64 * 64;
 }
 
 // Whether source channels are whole pieces of 16 bytes, as the tensor cores take them.
@@ -167,7 +163,8 @@ bool rows_merge(const ConvShape& s, Dtype dtype) {
 
 // Bytes of the packed weights.
 template <bool kTransposed>
-std::int64_t packed_weights(const ConvShape& s, Dtype dtype, Way way) {
+std::int64_t packed_weights(const ConvShape& given, Dtype dtype, Way way) {
+    const ConvShape s = product_shape<kTransposed>(given, dtype);
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
     if (way != Way::fma && rows_merge<kTransposed>(s, dtype))
@@ -184,21 +181,31 @@ std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
     return by_fma > others ? by_fma : others;
 }
 
+// Phases that became columns are pixels of the result all the same.
+inline void stack(TapAxis& axis, std::int64_t phases) {
+    axis.stacked = static_cast<int>(phases);
+    axis.result_step *= axis.stacked;
+}
+
 template <bool kTransposed>
-TapPlan tap_plan(const ConvShape& s, Dtype dtype, Way way, Gate gate) {
+TapPlan tap_plan(const ConvShape& given, Dtype dtype, Way way, Gate gate) {
+    const ConvShape s = product_shape<kTransposed>(given, dtype);
     TapPlan p = {};
     p.way = way;
     const Layout source = kTransposed ? s.maps() : s.image();
+    const Layout result = kTransposed ? s.image() : s.maps();
     p.steps = {source.step_image(), source.step_channel(), source.step_y(), source.step_x()};
-    p.result = kTransposed ? s.image() : s.maps();
-    p.y = tap_axis<kTransposed>(p.result.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
-    p.x = tap_axis<kTransposed>(p.result.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+    p.result = kTransposed ? given.image() : result;
+    p.y = tap_axis<kTransposed>(result.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+    p.x = tap_axis<kTransposed>(result.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+    stack(p.y, given.stride_h / s.stride_h);
+    stack(p.x, given.stride_w / s.stride_w);
     p.batch = s.batch;
     p.groups = static_cast<int>(s.groups);
     p.height = static_cast<int>(source.height);
     p.width = static_cast<int>(source.width);
     p.channels = static_cast<int>(source.channels / s.groups);
-    p.columns = static_cast<int>(p.result.channels / s.groups);
+    p.columns = static_cast<int>(result.channels / s.groups);
     p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
     p.halo_fits = halo_fits(s);
     p.rectify = static_cast<int>(gate) & kRectify;
@@ -212,141 +219,6 @@ TapPlan tap_plan(const ConvShape& s, Dtype dtype, Way way, Gate gate) {
     if (s.taps() * (source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
         throw std::runtime_error("zfcuda: a filter of a CUDA convolution has over 2^31 weights");
     return p;
-}
-
-// Column 4q + 2h + e of 16 stands in slot 8h + 2q + e for the tensor cores: of each eight results a
-// thread of theirs has numbers 2q and 2q + 1, so of 16 slots it has four neighbouring columns.
-ZF_HD std::int64_t mma_slot(std::int64_t column) {
-    return (column & ~std::int64_t(15)) | (column & 2) << 2 | (column & 12) >> 1 | (column & 1);
-}
-
-// packed[group][tap][channel][column] from weights out,in/groups,kernel_h,kernel_w; for the tensor
-// cores packed[group][tap][piece][slot of the column][channel of the piece], with pieces of 16
-// bytes. The source channels are the weight's second dimension in a convolution and its first in
-// the transposed one. A 32 x 32 tile goes through shared memory: lanes along the taps to read,
-// along columns to write. FMA takes halves as floats, the tensor cores as they are.
-template <typename T, typename Packed, bool kTransposed>
-__global__ void pack_weights_kernel(TapPlan p, const T* weight, Packed* packed) {
-    ZF_SHARED(Packed, tile, 32 * 33);
-    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-    // Rows of the tile: result columns. Its columns: what is contiguous in the weight.
-    const std::int64_t batches = kTransposed ? p.channels : 1;
-    const std::int64_t length = kTransposed ? taps : taps * p.channels;
-    const std::int64_t row_stride = length, batch_stride = p.columns * length;
-    const std::int64_t length_tiles = (length + 31) / 32,
-                       column_tiles = (p.padded_columns + 31) / 32;
-    std::int64_t block = blockIdx.x;
-    const std::int64_t first = block % length_tiles * 32;
-    block /= length_tiles;
-    const std::int64_t first_column = block % column_tiles * 32;
-    block /= column_tiles;
-    const std::int64_t batch = block % batches, group = block / batches;
-    const T* const from = weight + (group * batches + batch) * batch_stride;
-
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int i = warp; i < 32; i += kPackThreads / 32) {
-        const bool inside = first_column + i < p.columns && first + lane < length;
-        T value = {};
-        if (inside) value = from[(first_column + i) * row_stride + first + lane];
-        tile[i * 33 + lane] = static_cast<Packed>(value);
-    }
-    __syncthreads();
-    for (int i = warp; i < 32; i += kPackThreads / 32) {
-        if (first + i >= length || first_column + lane >= p.padded_columns) continue;
-        const std::int64_t index = batch * length + first + i;
-        const std::int64_t channel = index / taps, tap = index % taps;
-        const std::int64_t row = (group * taps + tap) * p.channels + channel;
-        const std::int64_t column = first_column + lane;
-        Packed value = tile[lane * 33 + i];
-        std::int64_t to = row * p.padded_columns + column;
-        if (p.way != Way::fma) {
-            constexpr int kPiece = Pack<Packed>::size;
-            to = (row / kPiece * p.padded_columns + mma_slot(column)) * kPiece + row % kPiece;
-            if constexpr (std::is_same_v<Packed, float>)
-                if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
-        }
-        packed[to] = value;
-    }
-}
-
-// The same of merged rows: packed[row of taps][piece][slot of the column][element of the piece].
-template <typename T>
-__global__ void __launch_bounds__(kPackThreads)
-    pack_merged_weights_kernel(TapPlan p, const T* weight, T* packed) {
-    constexpr int kPiece = Pack<T>::size;
-    const std::int64_t index = std::int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
-    const std::int64_t line = index / p.padded_columns, column = index % p.padded_columns;
-    const std::int64_t row = line / p.channels, at = line % p.channels;
-    if (row >= p.y.kernel) return;
-    T value = {};
-    if (at < p.run && column < p.columns)
-        value = weight[((column * p.pixel + at % p.pixel) * p.y.kernel + row) * (p.run / p.pixel) +
-                       at / p.pixel];
-    if constexpr (std::is_same_v<T, float>)
-        if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
-    packed[(line / kPiece * p.padded_columns + mma_slot(column)) * kPiece + line % kPiece] = value;
-}
-
-template <typename T, typename Packed, bool kTransposed>
-void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const Exec& exec) {
-    const std::int64_t taps = std::int64_t(p.y.kernel) * p.x.kernel;
-    const std::int64_t tiles =
-        kTransposed ? (taps + 31) / 32 * p.channels : (taps * p.channels + 31) / 32;
-    const std::int64_t blocks = tiles * ((p.padded_columns + 31) / 32) * p.groups;
-    if (blocks == 0) return;
-    launch(pack_weights_kernel<T, Packed, kTransposed>, dim3(static_cast<unsigned>(blocks)),
-           dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<Packed>());
-}
-
-template <typename T>
-void launch_pack_merged_weights(const TapPlan& p, Address weight, Address packed,
-                                const Exec& exec) {
-    const std::int64_t values = std::int64_t(p.y.kernel) * p.channels * p.padded_columns;
-    launch(pack_merged_weights_kernel<T>,
-           dim3(static_cast<unsigned>((values + kPackThreads - 1) / kPackThreads)),
-           dim3(kPackThreads), 0, exec, p, weight.as<const T>(), packed.as<T>());
-}
-
-template <bool kTransposed>
-void pack_weights(const ConvShape& s, Dtype dtype, Way way, Address weight, Address packed,
-                  const Exec& exec) {
-    const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
-    with_dtype(dtype, [&](auto zero) {
-        using T = decltype(zero);
-        if (way == Way::fma)
-            return launch_pack_weights<T, Sum<T>, kTransposed>(p, weight, packed, exec);
-        if constexpr (!kTransposed && sizeof(T) <= 4)
-            if (p.run != 0) return launch_pack_merged_weights<T>(p, weight, packed, exec);
-        if constexpr (sizeof(T) <= 4)
-            launch_pack_weights<T, T, kTransposed>(p, weight, packed, exec);
-    });
-}
-
-// How the tensor cores of an architecture multiply a dtype; by FMA where they do not.
-inline Way mma_way(Dtype dtype, Precision precision, int architecture) {
-    if (dtype == Dtype::float64 || architecture < (dtype == Dtype::float16 ? 75 : 80))
-        return Way::fma;
-    if (dtype != Dtype::float32) return Way::halves;
-    switch (precision) {
-        case Precision::tf32:
-            return Way::tf32;
-        case Precision::tf32x3:
-            return Way::tf32x3;
-        default:
-            return Way::fma;
-    }
-}
-
-// Whether the tensor cores serve a product, and how: NHWC with whole pieces of channels or merged
-// rows, on an architecture that has them for the dtype. The transposed one runs by halos alone.
-// `addresses` are those of the source and its mask.
-template <bool kTransposed, typename... Addresses>
-Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
-    const bool pieces = whole_pieces<kTransposed>(s, dtype) ? !kTransposed || halo_fits(s)
-                                                            : rows_merge<kTransposed>(s, dtype);
-    if (!s.channels_last || !aligned(addresses...) || !pieces) return Way::fma;
-    return mma_way(dtype, exec.precision,
-                   architecture(&pack_weights_kernel<float, float, kTransposed>, exec));
 }
 
 }  // namespace zfcuda

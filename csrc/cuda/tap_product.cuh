@@ -74,14 +74,14 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
     const std::int64_t next_tap = step_x - p.channels * step_channel;
     const std::int64_t next_row = step_y - width * step_x;
     const auto next = [&](Odometer& at, TapPixel& tap) {
-        tap.source += step_channel;
+        tap.offset += step_channel;
         if (++at.low < p.channels) return;
         at.low = 0;
-        tap.source += next_tap;
+        tap.offset += next_tap;
         tap.x += p.x.offset_step;
         if (++at.middle < width) return;
         at.middle = 0;
-        tap.source += next_row;
+        tap.offset += next_row;
         tap.x = 0;
         tap.y = ++at.high < rows.count ? tap.y + p.y.offset_step : kOutside;
     };
@@ -91,7 +91,7 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
         const bool inside = static_cast<unsigned>(pixel.y + tap.y) < height &&
                             static_cast<unsigned>(pixel.x + tap.x) < breadth;
         if (!inside) return {};
-        return source.template load<kVector>(pixel.source + tap.source, pixel.y + tap.y,
+        return source.template load<kVector>(pixel.offset + tap.offset, pixel.y + tap.y,
                                              pixel.x + tap.x);
     };
     // To shared memory: load i.
@@ -133,7 +133,7 @@ __device__ __forceinline__ void tap_product(const TapPlan& p, const Source& sour
 #pragma unroll
         for (int i = 0; i < kLoads; ++i) {
             const TapPixel pixel = pixels[load_row + i * kRowStep];
-            from[i] = pixel.source + tap.source;
+            from[i] = pixel.offset + tap.offset;
             if (static_cast<unsigned>(pixel.y + tap.y) < height &&
                 static_cast<unsigned>(pixel.x + tap.x) < breadth)
                 inside |= 1u << i;

@@ -140,14 +140,19 @@ class Layer:
     def down(self) -> Iterator[Launch]:
         conv, factors = self.conv, self.mode.factors
         narrow = conv.channels <= 16
+        slices, columns, taps = [*_phases(conv)], conv.channels, conv.kernel / conv.stride
+        if narrow:  # the phases are columns: csrc/cuda/columns.cuh
+            taps = math.ceil(conv.padding / conv.stride) + 1 + (conv.kernel - 1 - conv.padding) // conv.stride
+            slices = [(BATCH * math.ceil(conv.size / conv.stride) ** 2, taps**2 * conv.maps)]
+            columns *= conv.stride**2
         if factors:
             tile = "16" if narrow else "128" if conv.channels % 128 == 0 else "64"
-            kernel, taps = f"halo_mma_kernel<{factors}, MmaTile<128, {tile},.*true, Masked", conv.kernel / conv.stride
+            kernel = f"halo_mma_kernel<{factors}, MmaTile<128, {tile},.*true, Masked"
             more = {"dynamic": 80_160, "read": 2.2 / taps**2}
         else:
             tile, more = "256, 16" if narrow else "128, 64", {}
             kernel = rf"tap_gemm_kernel<float, Tile<float, {tile},.*true, true, 4, Masked"
-        yield self.launch("data gradient", kernel, [*_phases(conv)], conv.channels, **more)
+        yield self.launch("data gradient", kernel, slices, columns, **more)
         side = 128 if conv.maps % 128 == 0 else 64
         vector = 1 if self.few else 4
         kernel = (
@@ -182,7 +187,7 @@ def _phases(conv: Conv) -> Iterator[tuple[int, int]]:
 
 
 def _tile(kernel: Kernel) -> tuple[int, int]:
-    found = re.search(r"Tile<(?:\w+, )?(\d+), (\d+)", kernel.name)
+    found = re.search(r"Tile<(?:[a-z]+, )?(\d+), (\d+)", kernel.name)
     return (int(found[1]), int(found[2])) if found else (64, 64)
 
 
