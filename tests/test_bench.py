@@ -38,6 +38,7 @@ from zfcuda.cli import main, options
 ROOT = Path(__file__).resolve().parents[1]
 ONCE = Effort(0, 1, 1)
 TINY = Conv("conv1", 4, 13, 8, 3, 2, 1)
+TINY_GROUPED = Conv("groups", 4, 9, 6, 3, 2, 1, 2)
 TINY_POOLED = Map("pool1", 8, 7)
 
 
@@ -346,9 +347,9 @@ def test_the_cases_cover_the_paper(setting, kind) -> None:
             assert f"layers/{conv.name} {what}/ieee" in keys
         assert f"projection/{conv.name} trained weights/ieee" in keys
     assert {case.group for case in full} == {
-        "operators", "calls", "layers", "nets", "training", "mining", "projection"
+        "operators", "calls", "layers", "grouped", "nets", "training", "mining", "projection"
     }  # fmt: skip
-    assert {case.mode.name for case in full} == ({"ieee"} if kind == "cpu" else set(MODES))
+    assert {case.mode.name for case in full} == ({"ieee", "bf16", "fp16"} if kind == "cpu" else set(MODES))
     quick = {case.key for case in all_cases(dataclasses.replace(setting, kind=kind, quick=True))}
     assert {key.split("/")[0] for key in quick} == {case.group for case in full}
     assert len(quick) < len(keys) / 2
@@ -364,6 +365,8 @@ def test_names_choose_cases(setting) -> None:
 BUILDS = {
     "max_pool2d": partial(operators.pool, TINY_POOLED),
     "relu_max_pool2d": partial(operators.pool, TINY_POOLED, rectify=True),
+    "maxima alone": partial(operators.maxima, TINY_POOLED),
+    "maxima alone backward": partial(operators.maxima, TINY_POOLED, backward=True),
     "max_unpool2d": partial(operators.unpool, TINY_POOLED),
     "switch_gather": partial(operators.gather, TINY_POOLED),
     "norm": partial(operators.norm, TINY_POOLED),
@@ -376,6 +379,9 @@ BUILDS = {
     "forward with pool": partial(layers.forward, TINY, fused=True),
     "data gradient": partial(layers.data_gradient, TINY),
     "weight gradient": partial(layers.weight_gradient, TINY),
+    "grouped forward": partial(layers.forward, TINY_GROUPED),
+    "grouped data gradient": partial(layers.data_gradient, TINY_GROUPED),
+    "grouped weight gradient": partial(layers.weight_gradient, TINY_GROUPED),
 }
 
 

@@ -173,7 +173,8 @@ inline bool halo_pays(const TapPlan& p, int pieces) {
 template <bool kTransposed>
 __device__ int halo_slot(const TapBlock<kTransposed>& block, const HaloPlan& h, int row) {
     if (row >= block.pixels) return 0;
-    const int x = block.first_x + row, lines = x / block.strip, y = block.first_y + lines;
+    const auto start = block.start();
+    const int x = start.x + row, lines = x / block.strip, y = start.y + lines;
     return (lines + y / block.rows.pixels * h.y.span) * h.pitch + x % block.strip;
 }
 
@@ -181,9 +182,10 @@ __device__ int halo_slot(const TapBlock<kTransposed>& block, const HaloPlan& h, 
 template <bool kTransposed>
 __device__ TapPixel halo_pixel(const TapBlock<kTransposed>& block, const TapPlan& p,
                                const HaloPlan& h, int slot) {
-    const int row = block.first_y + slot / h.pitch, column = slot % h.pitch;
+    const auto start = block.start();
+    const int row = start.y + slot / h.pitch, column = slot % h.pitch;
     const int tall = block.rows.pixels + h.y.span;
-    const std::int64_t strip = block.first_strip + row / tall, n = strip / block.strips;
+    const std::int64_t strip = start.strip + row / tall, n = strip / block.strips;
     const int y = row % tall * p.y.pixel_step;
     const int x =
         (static_cast<int>(strip - n * block.strips) * block.strip + column) * p.x.pixel_step;

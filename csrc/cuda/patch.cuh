@@ -65,9 +65,10 @@ inline PatchPlan patch_plan(TapPlan& p, int bytes) {
 __device__ inline int patch_base(const TapBlock<false>& block, const TapPlan& p, const PatchPlan& h,
                                  int pixel) {
     if (pixel >= block.pixels) return 0;
-    const int x = block.first_x + pixel;
+    const auto start = block.start();
+    const int x = start.x + pixel;
     const int lines = x / block.strip, tall = block.rows.pixels;
-    const int strips = (block.first_y + lines) / tall;
+    const int strips = (start.y + lines) / tall;
     const int row = strips * h.tall + (lines - strips * tall) * p.y.stride;
     return row * h.pitch + x % block.strip * p.x.stride * p.pixel;
 }
@@ -75,8 +76,9 @@ __device__ inline int patch_base(const TapBlock<false>& block, const TapPlan& p,
 // Where a row of the patch begins in the image, and at which row and column of it.
 __device__ inline TapPixel patch_row(const TapBlock<false>& block, const TapPlan& p,
                                      const PatchPlan& h, int row) {
-    const int down = block.first_y * p.y.stride + row;
-    const std::int64_t strip = block.first_strip + down / h.tall, n = strip / block.strips;
+    const auto start = block.start();
+    const int down = start.y * p.y.stride + row;
+    const std::int64_t strip = start.strip + down / h.tall, n = strip / block.strips;
     const int y = down % h.tall - p.y.padding;
     const int x =
         static_cast<int>(strip - n * block.strips) * block.strip * p.x.stride - p.x.padding;

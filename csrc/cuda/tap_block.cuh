@@ -18,6 +18,15 @@ struct alignas(16) TapPixel {
 template <bool kTransposed, typename Tile>
 constexpr bool kStacks = kTransposed && Tile::kN <= kMostStacked;
 
+// What a block keeps of a target: only phases need its row and column.
+struct TapOffset {
+    std::int64_t offset;
+
+    __device__ void operator=(const TapPixel& target) { offset = target.offset; }
+};
+template <bool kTransposed, typename Tile>
+using TapTarget = std::conditional_t<kStacks<kTransposed, Tile>, TapPixel, TapOffset>;
+
 // A column of stacked phases: what it adds to where column 0 of a pixel goes, and its bias.
 template <typename T>
 struct StackedColumn {
@@ -72,18 +81,27 @@ struct TapBlock {
     int strips, strip, pixels;
     PhaseTaps rows, columns;
     std::int64_t first_pixel, pixel_count;
-    std::int64_t first_strip;  // of all images': that of the first pixel,
-    int first_y, first_x;      // which lies there
 
+    // Where the first pixel lies: in which strip of all images', and there.
+    struct Start {
+        std::int64_t strip;
+        int y, x;
+    };
     struct Place {
         std::int64_t n;
         int y, x;
         bool inside;
     };
 
+    __device__ Start start() const {
+        const std::int64_t line = first_pixel / strip, number = line / rows.pixels;
+        return {number, static_cast<int>(line - number * rows.pixels),
+                static_cast<int>(first_pixel - line * strip)};
+    }
     __device__ Place place(int row) const {
-        const int across = first_x + row, down = first_y + across / strip;
-        const std::int64_t number = first_strip + down / rows.pixels, n = number / strips;
+        const Start from = start();
+        const int across = from.x + row, down = from.y + across / strip;
+        const std::int64_t number = from.strip + down / rows.pixels, n = number / strips;
         const int x = static_cast<int>(number - n * strips) * strip + across % strip;
         return {n, down % rows.pixels, x,
                 row < pixels && first_pixel + row < pixel_count && x < columns.pixels};
@@ -98,7 +116,8 @@ struct TapBlock {
     // Where column 0 of a row goes, with its row and column of the result; or -1.
     __device__ TapPixel target(const TapPlan& p, int row) const {
         const Place at = place(row);
-        const int y = phase_y + at.y * p.y.result_step, x = phase_x + at.x * p.x.result_step;
+        const int y = kTransposed ? phase_y + at.y * p.y.stride * p.y.stacked : at.y;
+        const int x = kTransposed ? phase_x + at.x * p.x.stride * p.x.stacked : at.x;
         return {at.inside ? p.result.offset(at.n, std::int64_t(group) * p.columns, y, x) : -1, y,
                 x};
     }
@@ -122,10 +141,6 @@ __device__ TapBlock<kTransposed> tap_block(const TapPlan& p) {
     b.strips = p.strip > 0 ? p.strips : 1;
     b.strip = p.strip > 0 ? p.strip : b.columns.pixels;
     b.pixel_count = p.batch * b.strips * b.rows.pixels * b.strip;
-    const std::int64_t line = b.first_pixel / b.strip;
-    b.first_strip = line / b.rows.pixels;
-    b.first_y = static_cast<int>(line - b.first_strip * b.rows.pixels);
-    b.first_x = static_cast<int>(b.first_pixel - line * b.strip);
     return b;
 }
 

@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
     ZF_SHARED(Pack<V>, right_tiles, 2 * Tile::kRightSize / kPack);
     ZF_SHARED(TapPixel, pixels, kM);
-    ZF_SHARED(TapPixel, targets, kM);
+    using Target = TapTarget<kTransposed, Tile>;
+    ZF_SHARED(Target, targets, kM);
     const TapTiles<V, Tile> tiles = {reinterpret_cast<V*>(left_tiles),
                                      reinterpret_cast<V*>(right_tiles), pixels};
     const int thread = threadIdx.x;

@@ -20,7 +20,6 @@ struct TapAxis {
     int tap_step;     // distance between the taps of a phase
     int offset_step;  // distance between their positions in the source
     int pixel_step;   // distance in the source between neighbouring pixels of a phase
-    int result_step;  // and in the result
     int stacked;      // phases among the columns (columns.cuh), or 1
 };
 
@@ -90,15 +89,13 @@ TapAxis tap_axis(std::int64_t size, std::int64_t kernel, std::int64_t stride, st
     if (size > kLimit || kernel * dilation > kLimit || padding > kLimit || stride > kLimit)
         throw std::runtime_error("zfcuda: a side of a CUDA convolution is over 2^28 pixels");
     TapAxis axis = {int(size), int(kernel), int(stride),   int(padding), int(dilation),
-                    1,         1,           int(dilation), int(stride),  1,
-                    1};
+                    1,         1,           int(dilation), int(stride),  1};
     if (kTransposed) {
         const std::int64_t divisor = greatest_divisor(stride, dilation);
         axis.phases = static_cast<int>(stride < size ? stride : size);
         axis.tap_step = static_cast<int>(stride / divisor);
         axis.offset_step = -static_cast<int>(dilation / divisor);
         axis.pixel_step = 1;
-        axis.result_step = static_cast<int>(stride);
     }
     return axis;
 }
@@ -181,12 +178,6 @@ std::int64_t packed_weights(const ConvShape& s, Dtype dtype) {
     return by_fma > others ? by_fma : others;
 }
 
-// Phases that became columns are pixels of the result all the same.
-inline void stack(TapAxis& axis, std::int64_t phases) {
-    axis.stacked = static_cast<int>(phases);
-    axis.result_step *= axis.stacked;
-}
-
 template <bool kTransposed>
 TapPlan tap_plan(const ConvShape& given, Dtype dtype, Way way, Gate gate) {
     const ConvShape s = product_shape<kTransposed>(given, dtype);
@@ -198,8 +189,8 @@ TapPlan tap_plan(const ConvShape& given, Dtype dtype, Way way, Gate gate) {
     p.result = kTransposed ? given.image() : result;
     p.y = tap_axis<kTransposed>(result.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
     p.x = tap_axis<kTransposed>(result.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
-    stack(p.y, given.stride_h / s.stride_h);
-    stack(p.x, given.stride_w / s.stride_w);
+    p.y.stacked = static_cast<int>(given.stride_h / s.stride_h);
+    p.x.stacked = static_cast<int>(given.stride_w / s.stride_w);
     p.batch = s.batch;
     p.groups = static_cast<int>(s.groups);
     p.height = static_cast<int>(source.height);

@@ -30,7 +30,7 @@ SANITIZED = {
     *("test_window_deconv2d", "test_crop_windows", "test_map_maximum", "test_renormalize_filters"),
 }
 #: A group of cases, like a file of tests, is a process: a kernel that fails spoils all that follows it in its own.
-GROUPS = ("operators", "calls", "layers", "nets", "training", "mining", "projection")
+GROUPS = ("operators", "calls", "layers", "grouped", "nets", "training", "mining", "projection")
 TESTED = (0, 5)  # 5: no test of the file needs a GPU
 HOUR = 3600.0
 #: A source build needs nvcc; where the machine has none, pip brings it.

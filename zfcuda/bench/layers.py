@@ -1,4 +1,4 @@
-"""ZFNet's five convolutional layers: forward, fused with their pool and not, and both gradients."""
+"""ZFNet's convolutional layers, fused with their pool and not, and convolutions with groups; forward and gradients."""
 
 from __future__ import annotations
 
@@ -14,55 +14,64 @@ from zfcuda import ops
 from zfcuda.bench.case import FORMATS, Built, Case, Contender, Mode, Outputs, Setting
 from zfcuda.bench.operators import pooled_outputs, pooled_reference, switched_outputs, torch_pool
 from zfcuda.bench.rivals import laid_out, ours, runtimes, torch_ways
-from zfcuda.bench.shapes import CONVOLUTIONS, POOLED, Conv
+from zfcuda.bench.shapes import CONVOLUTIONS, GROUPED, POOLED, Conv
 from zfcuda.ops._conv import Filters, conv2d_weight_gradient
 
 
 def cases(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
     """Quick ones: layers 1 and 3."""
-    batch = setting.batch
-    pools = dict(POOLED)
     for mode in modes:
-        size = mode.dtype.itemsize
         for conv in CONVOLUTIONS:
-            flops, tensors, quick = conv.flops(batch), size * conv.elements(batch), conv.name in ("conv1", "conv3")
-            case = partial(Case, "layers", mode=mode, flops=flops, quick=quick)
-            yield case(f"{conv.name} forward", build=partial(forward, conv), bytes=tensors)
-            if conv in pools:
-                pooled = batch * conv.maps * pools[conv].pooled_size ** 2
-                least = size * (conv.inputs(batch) + conv.weights + pooled) + pooled
-                yield case(f"{conv.name} forward with pool", build=partial(forward, conv, fused=True), bytes=least)
-            yield case(f"{conv.name} data gradient", build=partial(data_gradient, conv), bytes=tensors)
-            yield case(f"{conv.name} weight gradient", build=partial(weight_gradient, conv), bytes=tensors)
+            yield from of_layer("layers", conv, setting.batch, mode, quick=conv.name in ("conv1", "conv3"))
+
+
+def grouped(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
+    """Quick: one that is no longer depthwise and not yet a layer."""
+    for mode in modes:
+        for conv in GROUPED:
+            yield from of_layer("grouped", conv, setting.batch, mode, quick=conv.name == "32 groups of 4 at 56")
+
+
+def of_layer(group: str, conv: Conv, batch: int, mode: Mode, quick: bool) -> Iterator[Case]:
+    size, pools = mode.dtype.itemsize, dict(POOLED)
+    case = partial(Case, group, mode=mode, flops=conv.flops(batch), quick=quick)
+    tensors = size * conv.elements(batch)
+    yield case(f"{conv.name} forward", build=partial(forward, conv), bytes=tensors)
+    if conv in pools:
+        pooled = batch * conv.maps * pools[conv].pooled_size ** 2
+        least = size * (conv.inputs(batch) + conv.weights + pooled) + pooled
+        yield case(f"{conv.name} forward with pool", build=partial(forward, conv, fused=True), bytes=least)
+    yield case(f"{conv.name} data gradient", build=partial(data_gradient, conv), bytes=tensors)
+    yield case(f"{conv.name} weight gradient", build=partial(weight_gradient, conv), bytes=tensors)
 
 
 def tensors_of(conv: Conv, setting: Setting, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
     """Images, weight, bias."""
     x = setting.normal(setting.batch, conv.channels, conv.size, conv.size, mode=mode)
-    scale = (conv.channels * conv.kernel**2) ** -0.5
+    scale = (conv.weights / conv.maps) ** -0.5
     return x, scale * setting.normal(*conv.weight_shape, mode=mode), 0.1 * setting.normal(conv.maps, mode=mode)
 
 
 def torch_layer(conv: Conv, fused: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    maps = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+    maps = F.conv2d(x, weight, bias, conv.stride, conv.padding, 1, conv.groups).relu_()
     return torch_pool(maps) if fused else maps
 
 
 def cudnn_layer(conv: Conv, fused: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
     """cuDNN's own fusion of convolution, bias and ReLU."""
-    maps = torch.cudnn_convolution_relu(x, weight, bias, [conv.stride] * 2, [conv.padding] * 2, [1, 1], 1)
+    maps = torch.cudnn_convolution_relu(x, weight, bias, [conv.stride] * 2, [conv.padding] * 2, [1, 1], conv.groups)
     return torch_pool(maps) if fused else maps
 
 
 def as_modules(conv: Conv, fused: bool, weight: Tensor, bias: Tensor) -> nn.Sequential:
-    layer = nn.Conv2d(conv.channels, conv.maps, conv.kernel, conv.stride, conv.padding)
+    layer = nn.Conv2d(conv.channels, conv.maps, conv.kernel, conv.stride, conv.padding, groups=conv.groups)
     layer.load_state_dict({"weight": weight, "bias": bias})
     return nn.Sequential(layer, nn.ReLU(), *([nn.MaxPool2d(3, 2, ceil_mode=True)] if fused else []))
 
 
 def forward(conv: Conv, setting: Setting, mode: Mode, fused: bool = False) -> Built:
     x, weight, bias = tensors_of(conv, setting, mode)
-    slide = conv.stride, conv.padding
+    slide = conv.stride, conv.padding, 1, conv.groups
     window: dict[str, Any] = {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True} if fused else {}
     call = partial(ops.conv2d_relu_max_pool2d if fused else ops.conv2d_relu, **window)
     theirs = partial(torch_layer, conv, fused)
@@ -102,7 +111,7 @@ def _gradients(conv: Conv, of_data: bool, grad: Tensor, x: Tensor, weight: Tenso
     """torch's."""
     pairs = [conv.stride] * 2, [conv.padding] * 2, [1, 1]
     mask = [of_data, not of_data, False]
-    both = torch.ops.aten.convolution_backward(grad, x, weight, None, *pairs, False, [0, 0], 1, mask)
+    both = torch.ops.aten.convolution_backward(grad, x, weight, None, *pairs, False, [0, 0], conv.groups, mask)
     return both[0 if of_data else 1]
 
 
@@ -113,7 +122,7 @@ def _gradient_tensors(conv: Conv, setting: Setting, mode: Mode) -> tuple[Tensor,
 
 def data_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
     grad, x, weight = _gradient_tensors(conv, setting, mode)
-    slide = conv.stride, conv.padding, conv.output_padding
+    slide = conv.stride, conv.padding, conv.output_padding, conv.groups
     return Built(
         [
             *ours(partial(ops.deconv2d, gate="none"), [grad, weight, None, *slide]),
@@ -125,7 +134,7 @@ def data_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
 
 def weight_gradient(conv: Conv, setting: Setting, mode: Mode) -> Built:
     grad, x, weight = _gradient_tensors(conv, setting, mode)
-    filters = Filters([conv.stride] * 2, [conv.padding] * 2, [1, 1], 1)
+    filters = Filters([conv.stride] * 2, [conv.padding] * 2, [1, 1], conv.groups)
 
     def call(image: Tensor, signal: Tensor, weight: Tensor) -> Tensor:
         return conv2d_weight_gradient(image, signal, None, weight, filters, "none", False)[0]

@@ -32,6 +32,9 @@ def cases(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
             yield case(f"max_pool2d {name}", build=partial(pool, layer), bytes=size * (maps + pooled) + pooled)
             rectified = partial(pool, layer, rectify=True)
             yield case(f"relu_max_pool2d {name}", build=rectified, bytes=size * (maps + pooled) + pooled)
+            alone = partial(case, bytes=size * (maps + pooled))
+            yield alone(f"max_pool2d {name} maxima alone", build=partial(maxima, layer))
+            yield alone(f"max_pool2d {name} maxima alone backward too", build=partial(maxima, layer, backward=True))
             yield case(f"max_unpool2d {name}", build=partial(unpool, layer), bytes=size * (maps + pooled) + pooled)
             yield case(f"switch_gather {name}", build=partial(gather, layer), bytes=(2 * size + 1) * pooled)
         for layer in NORMS:
@@ -94,6 +97,29 @@ def pool(layer: Map, setting: Setting, mode: Mode, rectify: bool = False) -> Bui
             *torch_ways(setting, theirs, [x], mode, pooled_outputs),
         ],
         lambda: pooled_reference(x[:1].relu() if rectify else x[:1]),
+    )
+
+
+def maxima(layer: Map, setting: Setting, mode: Mode, backward: bool = False) -> Built:
+    """Where nobody asks for switches: the choice of ``zfcuda.nn.fastest_max_pool2d``."""
+    x = setting.normal(setting.batch, layer.channels, layer.size, layer.size, mode=mode)
+    grad = setting.normal(setting.batch, layer.channels, layer.pooled_size, layer.pooled_size, mode=mode)
+
+    def step(function: Callable[..., Tensor], t: Tensor, by: Tensor) -> Any:
+        if not backward:
+            return function(t)
+        t = t.detach().requires_grad_()
+        return torch.autograd.grad(function(t), t, by)
+
+    def mine(t: Tensor) -> Tensor:
+        return ops.max_pool2d(t, *POOL, ceil_mode=True)[0]
+
+    def theirs(t: Tensor) -> Tensor:
+        return F.max_pool2d(t, *POOL, ceil_mode=True)
+
+    return Built(
+        [*ours(partial(step, mine), [x, grad]), *torch_ways(setting, partial(step, theirs), [x, grad], mode)],
+        lambda: Outputs.of(step(theirs, x[:1].double(), grad[:1].double())),
     )
 
 

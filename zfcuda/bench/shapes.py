@@ -1,11 +1,11 @@
-"""The shapes of ZFNet's layers, once, for every benchmark."""
+"""The shapes of ZFNet's layers and of other networks' grouped ones, once, for every benchmark."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A square convolution of ZFNet: input channels and size, maps, kernel, stride, padding."""
+    """A square convolution: input channels and size, maps, kernel, stride, padding, groups."""
 
     name: str
     channels: int
@@ -14,6 +14,7 @@ class Conv:
     kernel: int
     stride: int
     padding: int
+    groups: int = 1
 
     @property
     def out_size(self) -> int:
@@ -26,11 +27,11 @@ class Conv:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        return self.maps, self.channels, self.kernel, self.kernel
+        return self.maps, self.channels // self.groups, self.kernel, self.kernel
 
     @property
     def weights(self) -> int:
-        return self.maps * self.channels * self.kernel**2
+        return self.maps * self.channels // self.groups * self.kernel**2
 
     def inputs(self, batch: int) -> int:
         return batch * self.channels * self.size**2
@@ -40,7 +41,7 @@ class Conv:
         return self.inputs(batch) + self.weights + batch * self.maps * self.out_size**2
 
     def flops(self, batch: int) -> int:
-        return 2 * batch * self.out_size**2 * self.maps * self.channels * self.kernel**2
+        return 2 * batch * self.out_size**2 * self.weights
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,20 @@ CONVOLUTIONS = (
     Conv("conv3", 256, 13, 384, 3, 1, 1),
     Conv("conv4", 384, 13, 384, 3, 1, 1),
     Conv("conv5", 384, 13, 256, 3, 1, 1),
+)
+#: Groups as other networks have them, and their first and second layers.
+GROUPED = (
+    Conv("depthwise 32 at 112", 32, 112, 32, 3, 1, 1, 32),
+    Conv("depthwise 96 at 112 stride 2", 96, 112, 96, 3, 2, 1, 96),
+    Conv("depthwise 144 at 56", 144, 56, 144, 3, 1, 1, 144),
+    Conv("depthwise 384 at 14", 384, 14, 384, 3, 1, 1, 384),
+    Conv("depthwise 7x7 96 at 28", 96, 28, 96, 7, 1, 3, 96),
+    Conv("32 groups of 4 at 56", 128, 56, 128, 3, 1, 1, 32),
+    Conv("32 groups of 8 at 28", 256, 28, 256, 3, 1, 1, 32),
+    Conv("8 groups of 16 at 28", 128, 28, 128, 3, 1, 1, 8),
+    Conv("2 groups 96 to 256 at 27", 96, 27, 256, 5, 1, 2, 2),
+    Conv("3 to 64 at 224", 3, 224, 64, 3, 1, 1),
+    Conv("64 to 64 at 56", 64, 56, 64, 3, 1, 1),
 )
 POOLS = (Map("pool1", 96, 110), Map("pool2", 256, 26), Map("pool5", 256, 13))
 NORMS = (Map("norm1", 96, 55), Map("norm2", 256, 13))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from zfcuda.bench import ceiling, layers, machine, mining, nets, operators, projection
-from zfcuda.bench.case import MODES, Built, Call, Case, Outputs, Setting, Unavailable
+from zfcuda.bench.case import MODES, Built, Call, Case, Mode, Outputs, Setting, Unavailable
 from zfcuda.bench.errors import differences
 from zfcuda.bench.record import CaseRecord, Missing, Record, Result, Times
 from zfcuda.bench.timing import Clock, CpuClock, CudaClock, interleave, pinned
@@ -25,19 +25,28 @@ __all__ = ["GROUPS", "Suite", "all_cases", "clock_of", "select"]
 GROUPS = {
     "operators": operators.cases,
     "layers": layers.cases,
+    "grouped": layers.grouped,
     "nets": nets.cases,
     "mining": mining.cases,
     "projection": projection.cases,
 }
-#: Numeric modes by device: the CPU's core computes in float32 as it is.
-DEVICE_MODES = {"cpu": ("ieee",), "cuda": tuple(MODES)}
+
+
+def modes_of(setting: Setting, group: str) -> list[Mode]:
+    """The CPU's core computes in float32 as it is, and in halves, which operators and layers show by themselves."""
+    if group == "grouped":
+        names: Sequence[str] = ("ieee",)
+    elif setting.kind == "cuda":
+        names = tuple(MODES)
+    else:
+        names = ("ieee", "bf16", "fp16") if group in ("operators", "layers") and not setting.quick else ("ieee",)
+    return [MODES[name] for name in names]
 
 
 def all_cases(setting: Setting) -> Iterator[Case]:
     """Every case for this device, those of `--quick` alone if it is on."""
-    modes = [MODES[name] for name in DEVICE_MODES[setting.kind]]
-    for group in GROUPS.values():
-        for case in group(setting, modes):
+    for name, group in GROUPS.items():
+        for case in group(setting, modes_of(setting, name)):
             if case.quick or not setting.quick:
                 yield case
 
