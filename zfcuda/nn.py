@@ -182,7 +182,7 @@ def fastest_max_pool2d(
 
 
 def _enough_to_pool(input: Tensor) -> float:
-    """Numbers from which on ours takes less time than torch's: benchmarks/bench_fastest_max_pool2d.py."""
+    """Numbers from which on ours takes less time than torch's: `zfcuda bench -k "maxima alone"`."""
     innermost = input.is_contiguous(memory_format=torch.channels_last)
     if (innermost or input.is_contiguous()) and not (torch.is_grad_enabled() and input.requires_grad):
         return 1 << 15

@@ -33,13 +33,13 @@ GROUPS = {
 
 
 def modes_of(setting: Setting, group: str) -> list[Mode]:
-    """The CPU's core computes in float32 as it is, and in halves, which operators and layers show by themselves."""
+    """The CPU's core computes in float32 as it is, and in halves, of which bfloat16 in operators and layers tells."""
     if group == "grouped":
         names: Sequence[str] = ("ieee",)
     elif setting.kind == "cuda":
         names = tuple(MODES)
     else:
-        names = ("ieee", "bf16", "fp16") if group in ("operators", "layers") and not setting.quick else ("ieee",)
+        names = ("ieee", "bf16") if group in ("operators", "layers") and not setting.quick else ("ieee",)
     return [MODES[name] for name in names]
 
 
