@@ -32,6 +32,7 @@ CASES = {
     "a kernel smaller than the stride": (8, (3, 4), 2, (2, 5), {"stride": (3, 2)}),
     "padding beyond the kernel": (8, (9, 9), 3, (3, 4), {"stride": 2, "padding": (5, 3)}),
     "maps that the tensor cores do not take": (5, (5, 5), 3, (5, 5), {"stride": 2}),
+    "taps beyond any halo, but for one": (4, (3, 2), 3, (32, 32), {"stride": 2, "padding": 1}),
     "an image of one row": (8, (1, 3), 3, (5, 5), {"stride": (3, 2), "padding": (2, 1)}),
     "several blocks": (4, (13, 21), 3, (3, 5), {"stride": 2, "padding": 1}),
 }

@@ -255,3 +255,16 @@ def test_several_splits_of_contiguous_images(backend, dtype, pooled):
     torchs = gradient(image, signal, (3, 3), {"padding": 1})
     exact = gradient(image.double(), signal.double(), (3, 3), {"padding": 1})
     assert_within(actual, torchs, exact, 300)
+
+
+@pytest.mark.parametrize("backend", ["simt"], indirect=True)
+@pytest.mark.parametrize("mode", ["ieee", "tf32"], indirect=True)
+@pytest.mark.parametrize("processors", [1, 3, 1000])
+def test_other_gpus(backend, emulator, monkeypatch, mode, processors):
+    """They have other splits, but whole numbers have the same sums."""
+    image, signal = whole_numbers(2, 8, 13, 12), whole_numbers(2, 16, 13, 12, seed=1)
+    given = placed(mode, backend.device, image, signal, torch.empty(16, 8, 3, 3))
+    monkeypatch.setattr(emulator, "processors", processors)
+    actual, bias = conv2d_weight_gradient(given[0], given[1], None, given[2], filters({"padding": 1}), "none", True)
+    assert torch.equal(actual.double(), gradient(image, signal, (3, 3), {"padding": 1}))
+    assert torch.equal(bias.double(), signal.sum((0, 2, 3)))

@@ -16,7 +16,7 @@
 // while the result is small, so blocks share the pixels too: each split writes its own partial
 // gradient into the workspace, and a second pass adds the splits in order (deterministic), puts
 // what NHWC has as (o, tap, i) into the weight's order, and rounds. The number of splits depends on
-// the shape alone; the tiles of all splits are just under kBlocks, whole waves, if few. The gate
+// the shape and the GPU alone; the tiles of all splits are just under whole waves, if few. The gate
 // acts while the signal is loaded. Where the signal is pooled, the maps are gathered in its place
 // (unpooled_source.cuh), and never in memory.
 //
@@ -112,16 +112,17 @@ __global__ void __launch_bounds__(kTileThreads)
     filled[i] = piece;
 }
 
-Splits bias_splits(const ConvShape& s) {
+Splits bias_splits(const ConvShape& s, const Exec& exec) {
     if (s.channels_last)
-        return Splits(divide_up(s.out_channels, 32), s.batch * s.out_height * s.out_width, 64);
-    return Splits(s.out_channels, s.batch, 1);
+        return Splits(divide_up(s.out_channels, 32), s.batch * s.out_height * s.out_width, 64,
+                      exec);
+    return Splits(s.out_channels, s.batch, 1, exec);
 }
 
 // Whether a product by FMA needs no second pass: one split that writes sums in the weight's order.
-bool direct(const ConvShape& s, Dtype dtype) {
-    return weight_splits(s, kFmaSide).count == 1 && element_bytes(dtype) == sum_bytes(dtype) &&
-           (!s.channels_last || s.taps() == 1);
+bool direct(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    return weight_splits(s, kFmaSide, exec).count == 1 &&
+           element_bytes(dtype) == sum_bytes(dtype) && (!s.channels_last || s.taps() == 1);
 }
 
 // The workspace, in bytes, whichever way the product will run: the image in whole pieces of
@@ -129,12 +130,12 @@ bool direct(const ConvShape& s, Dtype dtype) {
 struct Room {
     std::int64_t image = 0, partial = 0;
 
-    Room(const ConvShape& s, Dtype dtype) {
+    Room(const ConvShape& s, Dtype dtype, const Exec& exec) {
         const auto add = [&](const ConvShape& shape, std::int64_t side) {
-            const std::int64_t sums = weight_splits(shape, side).count * weights(shape);
+            const std::int64_t sums = weight_splits(shape, side, exec).count * weights(shape);
             if (sums * sum_bytes(dtype) > partial) partial = sums * sum_bytes(dtype);
         };
-        if (!direct(s, dtype)) add(s, kFmaSide);
+        if (!direct(s, dtype, exec)) add(s, kFmaSide);
         if (!gradient_pieces(s, dtype)) return;
         const ConvShape filled = filled_shape(s, dtype);
         add(filled, MediumGradientTile::kM);
@@ -160,12 +161,13 @@ void sum_splits(const PartialOrder& order, const Sum<T>* partial, std::int64_t s
 template <typename T, bool kChannelsLast, int kVector, typename Source>
 void by_fma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, Address image,
             const Source& source, Address grad_weight, Address workspace, const Exec& exec) {
-    const GradientPlan p = gradient_plan(s, steps, gate, kFmaSide);
-    auto* const partial = direct(s, dtype) ? grad_weight.as<Sum<T>>()
-                                           : at_byte<Sum<T>>(workspace, Room(s, dtype).image);
+    const GradientPlan p = gradient_plan(s, steps, gate, kFmaSide, exec);
+    const bool once = direct(s, dtype, exec);
+    auto* const partial =
+        once ? grad_weight.as<Sum<T>>() : at_byte<Sum<T>>(workspace, Room(s, dtype, exec).image);
     launch(weight_gradient_kernel<T, kChannelsLast, kVector, Source>, p.grid(), dim3(kTileThreads),
            0, exec, p, image.as<const T>(), source, partial);
-    if (direct(s, dtype)) return;
+    if (once) return;
     const PartialOrder order = {s.out_channels, kChannelsLast ? s.taps() : 1,
                                 kChannelsLast ? s.in_per_group() : p.columns,
                                 kChannelsLast ? s.in_per_group() : p.columns};
@@ -188,7 +190,7 @@ void by_mma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, A
             const Source& source, Address grad_weight, Address workspace, const Exec& exec) {
     using T = typename Factors::T;
     const ConvShape filled = filled_shape(s, dtype);
-    const Room room(s, dtype);
+    const Room room(s, dtype, exec);
     if (room.image != 0) {
         const std::int64_t pieces = filled.in_per_group() / Pack<T>::size;
         const std::int64_t count = room.image / sizeof(Pack<T>);
@@ -200,7 +202,7 @@ void by_mma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, A
     auto* const partial = at_byte<float>(workspace, room.image);
     with_gradient_tile<Factors>(filled, [&](auto tile) {
         using Tile = decltype(tile);
-        const GradientPlan p = gradient_plan(filled, steps, gate, Tile::kM);
+        const GradientPlan p = gradient_plan(filled, steps, gate, Tile::kM, exec);
         launch(weight_gradient_mma_kernel<Factors, Tile, Source>, p.grid(), dim3(Tile::kThreads),
                gradient_shared_bytes<T, Tile>, exec, p, image.as<const T>(), source, partial);
         const PartialOrder order = {s.out_channels, s.taps(), filled.in_per_group(),
@@ -214,7 +216,7 @@ template <typename SourceOf, typename... Addresses>
 void weight_gradient(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate,
                      Address image, SourceOf&& source_of, Address grad_weight, Address workspace,
                      const Exec& exec, Addresses... others) {
-    const bool copied = Room(s, dtype).image != 0;
+    const bool copied = Room(s, dtype, exec).image != 0;
     if (gradient_pieces(s, dtype) && aligned(copied ? Address{} : image, others...)) {
         const Way way =
             mma_way(dtype, exec.precision, architecture(&sum_splits_kernel<float>, exec));
@@ -241,7 +243,7 @@ void weight_gradient(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gat
 template <typename T, bool kChannelsLast>
 void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address forward,
                    Address grad_bias, Sum<T>* partial, const Exec& exec) {
-    const Splits splits = bias_splits(s);
+    const Splits splits = bias_splits(s, exec);
     const std::int64_t tiles = kChannelsLast ? divide_up(s.out_channels, 32) : s.out_channels;
     launch(bias_gradient_kernel<T, kChannelsLast>, gradient_grid(splits.count * tiles),
            dim3(kTileThreads), 0, exec, s, rectified, splits.units, static_cast<int>(splits.count),
@@ -251,8 +253,9 @@ void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address f
 
 }  // namespace
 
-std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec&) {
-    return Room(s, dtype).bytes() + bias_splits(s).count * s.out_channels * sum_bytes(dtype);
+std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    return Room(s, dtype, exec).bytes() +
+           bias_splits(s, exec).count * s.out_channels * sum_bytes(dtype);
 }
 
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
@@ -272,13 +275,13 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
         using T = decltype(zero);
         const auto bias = s.channels_last ? bias_gradient<T, true> : bias_gradient<T, false>;
         bias(s, (static_cast<int>(gate) & kRectify) != 0, signal, mask, grad_bias,
-             at_byte<Sum<T>>(workspace, Room(s, dtype).bytes()), exec);
+             at_byte<Sum<T>>(workspace, Room(s, dtype, exec).bytes()), exec);
     });
 }
 
 std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& s, const PoolShape&,
-                                                   Dtype dtype, const Exec&) {
-    return Room(s, dtype).bytes();
+                                                   Dtype dtype, const Exec& exec) {
+    return Room(s, dtype, exec).bytes();
 }
 
 void unpool_relu_weight_gradient(const ConvShape& s, const PoolShape& pool, Dtype dtype, Gate gate,

@@ -21,8 +21,8 @@
 //
 // Floor: 2 * pixels * weights operations; a block of 128 x 128 reads 256 k numbers for 128 * 128 k
 // products, 32 FLOP a byte in float32 and 64 in halves, from L2, where blocks that run together
-// share their pixels. Beside it the partial gradients of all splits are written and read once: 528
-// blocks of 64 KiB, 69 MB in all.
+// share their pixels. Beside it the partial gradients of all splits are written and read once: four
+// blocks of 64 KiB for each multiprocessor, 69 MB in all on an H100.
 //
 // tf32, error: the image is truncated to 10 bits of fraction, less than 2^-10 of a factor and
 // always towards zero, as in tap_mma.cuh; the signal is rounded by kNudge, at most 0.73 * 2^-10

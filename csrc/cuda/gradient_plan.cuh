@@ -8,7 +8,7 @@
 
 namespace zfcuda {
 
-constexpr std::int64_t kBlocks = 528;  // to be reached with splits: four for each SM of an H100
+constexpr std::int64_t kBlocks = 4;  // of each multiprocessor, to be reached with splits
 
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -77,14 +77,16 @@ struct alignas(16) Column {
     }
 };
 
-// How many splits, each of at least `least` units, bring `tiles` blocks up to kBlocks, which are
-// whole waves, and beyond only where there would else be but one split; and their size.
+// How many splits, each of at least `least` units, bring `tiles` blocks up to kBlocks for each
+// multiprocessor, which are whole waves of one, two or four, and beyond only where there would else
+// be but one split; and their size.
 struct Splits {
     std::int64_t count, units;
 
-    Splits(std::int64_t tiles, std::int64_t total, std::int64_t least) {
-        const bool few = 2 * tiles <= kBlocks;
-        const std::int64_t wanted = few ? kBlocks / tiles : divide_up(kBlocks, tiles);
+    Splits(std::int64_t tiles, std::int64_t total, std::int64_t least, const Exec& exec) {
+        const std::int64_t blocks = kBlocks * processors(exec);
+        const bool few = 2 * tiles <= blocks;
+        const std::int64_t wanted = few ? blocks / tiles : divide_up(blocks, tiles);
         units = divide_up(divide_up(total, wanted), least) * least;
         count = divide_up(total, units);
     }
@@ -96,8 +98,8 @@ inline std::int64_t gradient_tiles(const ConvShape& s, std::int64_t side) {
 }
 
 // Of tiles of side x side results.
-inline Splits weight_splits(const ConvShape& s, std::int64_t side) {
-    return Splits(gradient_tiles(s, side), s.batch * s.out_height * s.out_width, 128);
+inline Splits weight_splits(const ConvShape& s, std::int64_t side, const Exec& exec) {
+    return Splits(gradient_tiles(s, side), s.batch * s.out_height * s.out_width, 128, exec);
 }
 
 inline std::int64_t weights(const ConvShape& s) {
@@ -120,8 +122,8 @@ inline ConvShape filled_shape(ConvShape s, Dtype dtype) {
 }
 
 inline GradientPlan gradient_plan(const ConvShape& s, const TapSteps& steps, Gate gate,
-                                  std::int64_t side) {
-    const Splits splits = weight_splits(s, side);
+                                  std::int64_t side, const Exec& exec) {
+    const Splits splits = weight_splits(s, side, exec);
     const std::int64_t rows = s.out_per_group(), columns = s.in_per_group() * s.taps();
     return {s,
             steps,
