@@ -9,6 +9,7 @@ import test_deconv2d as deconv
 import test_precision as precision
 import test_unpool_relu_deconv2d as unpooled
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import Sample, agree_or_both_refuse, check_exact, check_values, for_all, normal, whole_numbers
@@ -71,6 +72,25 @@ def test_unpooled(backend, mode, stride, threads):
         whole_numbers, 3, (2, 8, 6, 5), (5, 4), pool=unpooled.PAPER, gate="guided", stride=stride, padding=1
     )
     check_exact(ops.unpool_relu_deconv2d, unpooled.torchs, sample, backend)
+
+
+@CUDA
+@pytest.mark.parametrize("mode", ["ieee", "tf32"], indirect=True)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_near_its_filter(backend, mode, value):
+    """Zero weights stand where a phase lacks a tap, so it reaches stride - 1 pixels further; nothing else changes."""
+    signal, weight = whole_numbers(1, 8, 9, 9), whole_numbers(8, 3, 3, 3, seed=1, top=1)
+    signal[0, 2, 4, 4] = value
+    weight[2] = 1
+    options = {"stride": 2, "padding": 1}
+    expected = F.conv_transpose2d(signal, weight, **options)
+    actual = (
+        ops.deconv2d(*precision.placed(mode, backend.device, signal, weight), gate="none", **options).cpu().double()
+    )
+    reached = ~expected.isfinite()
+    near = F.max_pool2d(reached.double(), 3, 1, 1) > 0
+    assert not actual[reached].isfinite().any()
+    assert torch.equal(actual[~near], expected[~near])
 
 
 SLIDES = st.fixed_dictionaries(
