@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import ceil, prod
+from typing import Any
 
 import pytest
 import test_deconv2d as deconv
@@ -29,7 +30,7 @@ CASES = {
     "one axis": (8, (4, 7), 5, (3, 6), {"stride": (1, 3), "padding": (1, 0)}),
     "the other axis": (16, (6, 4), 4, (5, 3), {"stride": (2, 1), "padding": 2}),
     "sixteen columns": (4, (5, 5), 4, (4, 4), {"stride": 2, "padding": 1}),
-    "sixty-four columns": (8, (5, 4), 16, (7, 7), {"stride": 2, "padding": 3}),
+    "sixteen channels, whose phases stay apart": (8, (5, 4), 16, (7, 7), {"stride": 2, "padding": 3}),
     "a kernel smaller than the stride": (8, (3, 4), 2, (2, 5), {"stride": (3, 2)}),
     "padding beyond the kernel": (8, (9, 9), 3, (3, 4), {"stride": 2, "padding": (5, 3)}),
     "maps that the tensor cores do not take": (5, (5, 5), 3, (5, 5), {"stride": 2}),
@@ -74,23 +75,34 @@ def test_unpooled(backend, mode, stride, threads):
     check_exact(ops.unpool_relu_deconv2d, unpooled.torchs, sample, backend)
 
 
+#: maps, stride: each tile and, by FMA, each way to load; a sum in splits.
+WAYS = [(8, 2), (8, 4), (5, 2), (5, 4), (1024, 2)]
+
+
 @CUDA
-@pytest.mark.parametrize("mode", ["ieee", "tf32"], indirect=True)
+@IN_EACH_MODE
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_near_its_filter(backend, mode, value):
-    """Zero weights stand where a phase lacks a tap, so it reaches stride - 1 pixels further; nothing else changes."""
-    signal, weight = whole_numbers(1, 8, 9, 9), whole_numbers(8, 3, 3, 3, seed=1, top=1)
-    signal[0, 2, 4, 4] = value
-    weight[2] = 1
-    options = {"stride": 2, "padding": 1}
-    expected = F.conv_transpose2d(signal, weight, **options)
-    actual = (
-        ops.deconv2d(*precision.placed(mode, backend.device, signal, weight), gate="none", **options).cpu().double()
-    )
-    reached = ~expected.isfinite()
-    near = F.max_pool2d(reached.double(), 3, 1, 1) > 0
-    assert not actual[reached].isfinite().any()
-    assert torch.equal(actual[~near], expected[~near])
+@pytest.mark.parametrize("pooled", [False, True], ids=["deconv2d", "unpool_relu_deconv2d"])
+@pytest.mark.parametrize(("maps", "stride"), WAYS)
+def test_what_is_not_finite_stays_under_its_filter(backend, mode, layout, value, pooled, maps, stride):
+    """Though zero weights stand where a phase lacks a tap."""
+    kernel = 2 * stride - 1
+    signal, weight = whole_numbers(2, maps, 4, 4, top=1), whole_numbers(maps, 3, kernel, kernel, seed=1, top=1)
+    weight[2, 0] = 0  # which makes NaN of an infinity, as in torch
+    options = {"stride": stride, "padding": 1}
+    pool: dict[str, Any] = {"pool_kernel_size": 2, "pool_output_size": (4, 4)} if pooled else {}
+    if pooled:
+        signal, switches = reference.max_pool2d(signal, 2)
+    signal[0, 2, 1, 1] = value
+    unpooled = reference.max_unpool2d(signal, switches, 2, output_size=(4, 4)) if pooled else signal
+    expected = F.conv_transpose2d(unpooled.relu(), weight, **options)
+    assert not expected.isfinite().all()
+    dtype = precision.HALVES.get(mode, torch.float32)
+    given = [signal, *([switches] if pooled else []), weight]
+    placed = Sample(given, options | pool, differentiable=False).on(backend.device, dtype, layout)
+    actual = placed.call(ops.unpool_relu_deconv2d if pooled else ops.deconv2d)
+    torch.testing.assert_close(actual.cpu().double(), expected.to(dtype).double(), rtol=0, atol=0, equal_nan=True)
 
 
 SLIDES = st.fixed_dictionaries(

@@ -13,8 +13,8 @@
 //   image   0 1 0 1      zero weight there: of 7 x 7 taps in 4 phases of 4 x 4, 49 of 64 are useful
 //
 // The maps are read once and not once a phase, and a pixel's phases are neighbours in the image.
-// Zero times infinity is NaN: a map's value that is not finite reaches the other phases of the
-// pixels that its filter reaches, too, up to stride - 1 beyond it.
+// Zero times infinity is NaN: what is not finite is computed once more without those weights
+// (stacked_result.cuh).
 //
 // Work: ZFNet's conv1 backwards (7 x 7 / 2 to three colours), products of a pixel of all phases and
 // a map: 16 taps * 16 columns = 256, instead of 49 * 16 = 784; AlexNet's (11 x 11 / 4): 16 * 64

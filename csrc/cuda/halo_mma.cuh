@@ -24,6 +24,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
 
+#include "stacked_result.cuh"
 #include "tap_mma.cuh"
 
 namespace zfcuda {
@@ -279,8 +280,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         p, h, source, block.rows, block.columns, block.group, block.first_column, packed,
         HaloShared<Tile>(memory), sum, [&](int row) { return halo_slot(block, h, row); },
         [&](int slot) { return halo_pixel(block, p, h, slot); });
-    store_results<Tile>(p, block, sum, reinterpret_cast<TapPixel*>(memory), bias, forward, result,
-                        [](int row) { return row; });
+    auto* const targets = reinterpret_cast<TapPixel*>(memory);
+    if constexpr (kStacks<kTransposed, Tile>)
+        if (p.stacked()) {
+            for (int row = threadIdx.x; row < Tile::kM; row += Tile::kThreads)
+                targets[row] = block.target(p, row);
+            __syncthreads();
+            const auto to = tap_result<kTransposed>(p, forward, result);
+#pragma unroll
+            for (int j = 0; j < Tile::kQuads; ++j)
+                store_phases<Tile::kRows, Tile::kPieces * Pack<typename Factors::T>::size>(
+                    p, to, bias, source, packed, block.first_column + Tile::column(j), targets,
+                    [](int i) { return Tile::row(i); },
+                    [&](int i, int e) { return Tile::result(sum, i, j, e); });
+            return;
+        }
+    store_results<Tile>(p, block, sum, targets, bias, forward, result, [](int row) { return row; });
 }
 
 template <typename Factors, bool kTransposed, typename Source>

@@ -27,23 +27,6 @@ struct TapOffset {
 template <bool kTransposed, typename Tile>
 using TapTarget = std::conditional_t<kStacks<kTransposed, Tile>, TapPixel, TapOffset>;
 
-// A column of stacked phases: what it adds to where column 0 of a pixel goes, and its bias.
-template <typename T>
-struct StackedColumn {
-    int y, x;
-    std::int64_t offset;
-    Sum<T> shift;
-
-    __device__ StackedColumn(const TapPlan& p, const T* bias, int column) {
-        const int channels = static_cast<int>(p.result.channels), phase = column / channels;
-        const int channel = column - phase * channels;
-        y = phase / p.x.stacked;
-        x = phase - y * p.x.stacked;
-        offset = y * p.result.step_y() + x * p.result.step_x() + channel * p.result.step_channel();
-        shift = bias != nullptr ? Sum<T>(bias[channel]) : Sum<T>(0);
-    }
-};
-
 // Whether a source computes what it loads from much else.
 template <typename Source>
 constexpr bool kGathers = false;
@@ -212,21 +195,6 @@ struct TapResult {
 #pragma unroll
             for (int f = 0; f < kPack; ++f) pack.value[f] = finish(quad[e + f], offset + e + f);
             store_vector(values + offset + e, pack);
-        }
-    }
-    // Four columns of stacked phases, those there are: each(e, store) calls store(sum, target) for
-    // the pixels of number e.
-    template <typename Each>
-    __device__ void store_phases(const TapPlan& p, const T* bias, int first, Each&& each) const {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            if (first + e >= p.columns) continue;
-            const StackedColumn<T> column(p, bias, first + e);
-            each(e, [&](Sum<T> sum, const TapPixel& target) {
-                if (target.offset >= 0 && target.y + column.y < p.result.height &&
-                    target.x + column.x < p.result.width)
-                    store(sum + column.shift, target.offset + column.offset);
-            });
         }
     }
     // Four channels of an NHWC pixel, those there are.

@@ -88,11 +88,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         const int column = block.first_column + Tile::column(q);
         if constexpr (kStacks<kTransposed, Tile>)
             if (p.stacked()) {
-                to.store_phases(p, bias, column, [&](int e, auto&& store) {
-#pragma unroll
-                    for (int i = 0; i < Tile::kRows; ++i)
-                        store(sum[i][q + e], targets[Tile::row(i)]);
-                });
+                store_phases<Tile::kRows, Tile::kDepth>(
+                    p, to, bias, source, packed, column, targets,
+                    [](int i) { return Tile::row(i); },
+                    [&](int i, int e) { return sum[i][q + e]; });
                 continue;
             }
         V shift[4];

@@ -168,15 +168,6 @@ __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<k
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
         const int column = block.first_column + Tile::column(j);
-        if constexpr (kStacks<kTransposed, Tile>)
-            if (p.stacked()) {
-                to.store_phases(p, bias, column, [&](int e, auto&& store) {
-#pragma unroll
-                    for (int i = 0; i < Tile::kRows; ++i)
-                        store(Tile::result(sum, i, j, e), targets[Tile::row(i)]);
-                });
-                continue;
-            }
         Sum<T> shift[4];
         load_bias(p, block.group, bias, column, shift);
 #pragma unroll

@@ -13,19 +13,21 @@ ZF_HD std::int64_t mma_slot(std::int64_t column) {
     return (column & ~std::int64_t(15)) | (column & 2) << 2 | (column & 12) >> 1 | (column & 1);
 }
 
-// Stores the weight of a product k and a column: packed[k][column], but for the tensor cores
+// Where the weight of a product k and a column stands: packed[k][column], but for the tensor cores
 // packed[piece of k][slot of the column][k in the piece], with pieces of 16 bytes.
+template <typename Packed>
+__device__ std::int64_t packed_place(const TapPlan& p, std::int64_t k, std::int64_t column) {
+    constexpr int kPiece = Pack<Packed>::size;
+    if (p.way == Way::fma) return k * p.padded_columns + column;
+    return (k / kPiece * p.padded_columns + mma_slot(column)) * kPiece + k % kPiece;
+}
+
 template <typename Packed>
 __device__ void store_packed(const TapPlan& p, Packed* packed, std::int64_t k, std::int64_t column,
                              Packed value) {
-    std::int64_t to = k * p.padded_columns + column;
-    if (p.way != Way::fma) {
-        constexpr int kPiece = Pack<Packed>::size;
-        to = (k / kPiece * p.padded_columns + mma_slot(column)) * kPiece + k % kPiece;
-        if constexpr (std::is_same_v<Packed, float>)
-            if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
-    }
-    packed[to] = value;
+    if constexpr (std::is_same_v<Packed, float>)
+        if (p.way == Way::tf32) value = __uint_as_float(to_tf32(value));
+    packed[packed_place<Packed>(p, k, column)] = value;
 }
 
 // k = (group, tap, channel), from weights out,in/groups,kernel_h,kernel_w. The source channels are
@@ -81,7 +83,8 @@ struct MergedWeights {
     }
 };
 
-// k = (tap, channel), where columns are (phase, result channel); zero where a phase lacks a tap.
+// k = (tap, channel), where columns are (phase, result channel). -0 where a phase lacks a tap, as
+// which no other weight is packed.
 template <typename T>
 struct StackedWeights {
     const T* weight;
@@ -105,8 +108,10 @@ struct StackedWeights {
             phase % p.x.stacked + padding_w + p.x.stacked * (tap % p.x.kernel - p.x.padding);
         if (static_cast<unsigned>(y) >= static_cast<unsigned>(kernel_h) ||
             static_cast<unsigned>(x) >= static_cast<unsigned>(kernel_w))
-            return {};
-        return weight[((k % p.channels * channels + channel) * kernel_h + y) * kernel_w + x];
+            return T(Sum<T>(-0.0));
+        const T value =
+            weight[((k % p.channels * channels + channel) * kernel_h + y) * kernel_w + x];
+        return Sum<T>(value) == Sum<T>(0) ? T(Sum<T>(0)) : value;
     }
 };
 
