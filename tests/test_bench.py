@@ -785,3 +785,12 @@ def test_the_ceilings_are_of_the_best_of_the_products(setting, monkeypatch) -> N
     for mode, part in (("ieee", 1), ("3xtf32", 3)):
         found = ceiling.measured(setting, CpuClock(), MODES[mode])
         assert found == {"bytes": 2 * 4 * 2**25, "flops": pytest.approx(2 * 2048**3 / 2 / part)}
+
+
+def test_the_ceilings_are_the_better_of_start_and_end(setting, monkeypatch) -> None:
+    """A machine that is busy when a run begins."""
+    found = iter([{"bytes": 2.0, "flops": 3.0}, {"bytes": 1.0, "flops": 9.0}])
+    monkeypatch.setattr(ceiling, "measured", lambda *_: next(found))
+    case = a_case(partial(operators.small, "max_pool2d"))
+    record = Suite(setting, [case, case], effort=ONCE).run()
+    assert record.ceilings == {"ieee": {"bytes": 2.0, "flops": 9.0}}

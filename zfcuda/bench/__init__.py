@@ -91,6 +91,7 @@ def run(
         show(*table.of_case(record, case), "")
 
     record = Suite(setting, cases, command, begun=begun, done=done).run()
+    record.save(output / RECORD)
     verdicts = [] if old is None else compare(old, record)
     page = report.write(record, output, verdicts)
     show(*table.of_noise(record))

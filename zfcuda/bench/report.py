@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,19 +135,28 @@ def roofline(record: Record, mode: str) -> Figure | None:
             x, y = case.flops / case.bytes, case.flops / result.times[fastest(result)].median / 1e12
             colour, size, order = (OURS, 7, 3) if result.ours else (THEIRS, 5, 2)
             axes.plot(x, y, markers[result.family], alpha=0.8, color=colour, markersize=size, zorder=order)
-        best = max(case.flops / r.times[fastest(r)].median / 1e12 for r in case.results)
-        label = case.name if case.group == "layers" else f"{case.group}: {case.name}"
-        axes.annotate(
-            label, (case.flops / case.bytes, best), (2, 5), textcoords="offset points", fontsize=6, rotation=35
-        )
+    for x, y, label in _labels(counted):
+        axes.annotate(label, (x, y), (2, 5), textcoords="offset points", fontsize=6, rotation=60)
     for family, marker in markers.items():
         axes.plot([], [], marker, color=OURS if family == "zfcuda" else THEIRS, label=family)
     axes.set(xscale="log", yscale="log", xlabel="useful FLOP per least byte", ylabel="TFLOP/s of useful work")
-    axes.set_title(f"{_name(record)}, {mode}", pad=24)
+    figure.suptitle(f"{_name(record)}, {mode}")
     axes.margins(y=0.2)
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=8)
     return figure
+
+
+def _labels(cases: Sequence[CaseRecord]) -> Iterator[tuple[float, float, str]]:
+    """Of cases of about the same intensity, a fifth of a decade, the name of the highest, and how many others."""
+    columns: dict[int, list[tuple[float, CaseRecord]]] = {}
+    for case in cases:
+        best = max(case.flops / r.times[fastest(r)].median / 1e12 for r in case.results)
+        columns.setdefault(round(5 * math.log10(case.flops / case.bytes)), []).append((best, case))
+    for column in columns.values():
+        best, case = max(column, key=lambda pair: pair[0])
+        name = case.name if case.group == "layers" else f"{case.group}: {case.name}"
+        yield case.flops / case.bytes, best, name + (f", {len(column) - 1} more" if len(column) > 1 else "")
 
 
 def ratios(record: Record, mode: str) -> Figure | None:
