@@ -130,7 +130,9 @@ EXPLAINED = [
     Explained("patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel", "[e + 1] = value", 2, _DIVERGENT),
     Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
     Explained("conv2d_relu_max_pool2d", "const V value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
-    Explained("pack_weights_kernel", "tile[lane * 33 + i]", 2, "halves, once a call: an odd pitch of words of two"),
+    Explained(
+        "pack_weights_kernel", "store_packed(p, packed, (group", 2, "halves, once a call: an odd pitch of words of two"
+    ),
     Explained("tap_gemm_kernel", "targets[Tile::row(", 2, _EPILOGUE),
     Explained(".*", "static_cast<unsigned>(pixel.x + tap.x) < breadth", 3, _DIVERGENT),
     Explained(".*", "return source.template load", 3, _DIVERGENT),
