@@ -1,6 +1,6 @@
-// The only pybind11 file: one line an operator. It is compiled once for each backend module, with
-// ZF_MODULE the module's name. Shapes and Exec arrive as tuples of integers, addresses as
-// integers (0 or None for "absent"), dtypes and gates as small integers; the GIL is released.
+// The only pybind11 file: one line an operator. Every backend's module has the same object, and its
+// own name from the linker (csrc/build.py). Shapes and Exec arrive as tuples of integers, addresses
+// as integers (0 or None for "absent"), dtypes and gates as small integers; the GIL is released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -152,7 +152,7 @@ py::object recall_function(Memo& memo) {
 
 }  // namespace zfcuda
 
-PYBIND11_MODULE(ZF_MODULE, m) {
+PYBIND11_MODULE(_core, m) {
     using namespace zfcuda;
     Kernels kernels(m);
 
@@ -165,6 +165,8 @@ PYBIND11_MODULE(ZF_MODULE, m) {
     kernels.def("max_pool2d", &max_pool2d);
     m.def("conv2d_relu_max_pool2d_workspace", &conv2d_relu_max_pool2d_workspace);
     kernels.def("conv2d_relu_max_pool2d", &conv2d_relu_max_pool2d);
+    m.def("conv2d_relu_max_pool2d_norm_workspace", &conv2d_relu_max_pool2d_norm_workspace);
+    kernels.def("conv2d_relu_max_pool2d_norm", &conv2d_relu_max_pool2d_norm);
     kernels.def("max_unpool2d", &max_unpool2d);
     m.def("unpool_relu_deconv2d_workspace", &unpool_relu_deconv2d_workspace);
     kernels.def("unpool_relu_deconv2d", &unpool_relu_deconv2d);

@@ -138,22 +138,26 @@ class Module:
 STRIP = "-Wl,-s"
 
 
-def bindings(name: str) -> tuple[Path, str, Sequence[str]]:
+def extension(
+    name: str, objects: Iterable[tuple[Path, str, Sequence[str]]], link_flags: Sequence[str] = ()
+) -> Module:
+    """The module ``name`` of a backend's sources and the bindings.
+
+    These are the same object for all, under a name of their own that the linker adds the module's to: half of their
+    compiler's time is pybind11's headers.
+    """
     import pybind11
 
     # The folders of these headers change with every isolated build; the operators do not see them.
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    return CSRC / "bindings.cpp", "cxx", [f"-DZF_MODULE={name}", *includes]
+    bindings = CSRC / "bindings.cpp", "cxx", includes
+    return Module(name, [bindings, *objects], [*link_flags, f"-Wl,--defsym=PyInit_{name}=PyInit__core"])
 
 
 def cpu_modules() -> list[Module]:
     sources = sorted((CSRC / "cpu").glob("*.cpp"))
     return [
-        Module(
-            f"_cpu_{level}",
-            [bindings(f"_cpu_{level}"), *((s, "cxx", ["-fopenmp", *flags]) for s in sources)],
-            ["-fopenmp", STRIP],
-        )
+        extension(f"_cpu_{level}", [(s, "cxx", ["-fopenmp", *flags]) for s in sources], ["-fopenmp", STRIP])
         for level, flags in CPU_LEVELS.items()
     ]
 
@@ -165,11 +169,8 @@ def cuda_module(toolkit: Toolkit, archs: Iterable[int]) -> Module:
     names = " ".join([f"sm_{a}" for a in archs] + [f"compute_{archs[-1]}"])
     flags.append(f"'-DZF_CUDA_TARGETS=\"{names}\"'")
     sources = sorted((CSRC / "cuda").glob("*.cu"))
-    return Module(
-        "_cuda",
-        [bindings("_cuda"), *((s, "nvcc", flags) for s in sources)],
-        [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", STRIP],
-    )
+    libraries = [f"-L{toolkit.libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return extension("_cuda", [(s, "nvcc", flags) for s in sources], [*libraries, STRIP])
 
 
 def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | None = None) -> None:
@@ -195,13 +196,15 @@ def ninja(modules: Iterable[Module], out: Path, work: Path, toolkit: Toolkit | N
             "  depfile = $out.d\n  deps = gcc\n  description = $out",
         ]
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    compiled: dict[tuple[Path, str, str], str] = {}
     for module in modules:
-        names = []
-        for source, rule, flags in module.objects:
-            names.append(f"{module.name}/{source.name}.o")
-            lines += [f"build {names[-1]}: {rule} {source}", f"  flags = {' '.join(flags)}"]
+        objects = [(source, rule, " ".join(flags)) for source, rule, flags in module.objects]
+        for source, rule, flags in objects:
+            if (source, rule, flags) not in compiled:
+                name = compiled[source, rule, flags] = f"{module.name}/{source.name}.o"
+                lines += [f"build {name}: {rule} {source}", f"  flags = {flags}"]
         lines += [
-            f"build {out.resolve() / (module.name + suffix)}: link {' '.join(names)}",
+            f"build {out.resolve() / (module.name + suffix)}: link {' '.join(compiled[o] for o in objects)}",
             f"  flags = {' '.join(module.link_flags)}",
         ]
     work.mkdir(parents=True, exist_ok=True)

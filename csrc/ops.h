@@ -100,6 +100,15 @@ void conv2d_relu_max_pool2d(const ConvShape& shape, const PoolShape& pool, Dtype
                             Address switches, Address values, Address positions, Address workspace,
                             const Exec& exec);
 
+// local_response_norm of that pool, `norm` of its shape; `pooled`, perhaps null, gets the pool itself.
+std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& shape, const PoolShape& pool,
+                                                   Dtype dtype, bool pooled, const Exec& exec);
+void conv2d_relu_max_pool2d_norm(const ConvShape& shape, const PoolShape& pool,
+                                 const NormShape& norm, Dtype dtype, double alpha, double beta,
+                                 double k, Address image, Address weight, Address bias,
+                                 Address pooled, Address output, Address switches,
+                                 Address workspace, const Exec& exec);
+
 // The transpose of pooling, by gathering. `pooled` and `switches` have the output size of the
 // shape, `unpooled` its input size. Where switches of several windows meet: their sum, or with
 // `overwrite` the value of the last window in row-major order.

@@ -14,6 +14,7 @@ from typing import Any
 import test_conv2d_relu
 import test_conv2d_relu_max_pool2d
 import test_conv2d_relu_max_pool2d_maximum
+import test_conv2d_relu_max_pool2d_norm
 import test_crop_windows
 import test_deconv2d
 import test_local_response_norm
@@ -151,6 +152,23 @@ OPERATORS = [
         batched=("input",),
         unbatched=True,
         casts=True,
+    ),
+    Declared(
+        ops.conv2d_relu_max_pool2d_norm,
+        test_conv2d_relu_max_pool2d_norm.sample_inputs,
+        test_conv2d_relu_max_pool2d_norm.torchs,
+        reference.conv2d_relu_max_pool2d_norm,
+        test_conv2d_relu_max_pool2d_norm.rounding,
+        batched=("input",),
+        differentiable=("input", "weight", "bias"),
+        unbatched=True,
+        casts=True,
+        tiny=(
+            lambda: ops.conv2d_relu_max_pool2d_norm(IMAGE, FILTERS, BIAS, pool_kernel_size=2, norm_size=5),
+            lambda: F.local_response_norm(
+                F.max_pool2d(F.conv2d(IMAGE, FILTERS, BIAS).relu(), 2, return_indices=True)[0], 5
+            ),
+        ),
     ),
     Declared(
         ops.unpool_relu_deconv2d,

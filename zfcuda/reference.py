@@ -72,8 +72,23 @@ def conv2d_relu_max_pool2d_maximum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Oracle of :func:`zfcuda.ops.conv2d_relu_max_pool2d_maximum`, for maps without NaN."""
     maps = conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
-    pooled = max_pool2d(maps, **{name.removeprefix("pool_"): value for name, value in pool.items()})
-    return *pooled, *map_maximum(maps)
+    return *max_pool2d(maps, **_options(pool, "pool_")), *map_maximum(maps)
+
+
+def conv2d_relu_max_pool2d_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Oracle of :func:`zfcuda.ops.conv2d_relu_max_pool2d_norm`."""
+    pool, norm = _options(options, "pool_"), _options(options, "norm_")
+    pooled, switches = max_pool2d(conv2d_relu(input, weight, bias, stride, padding, dilation, groups), **pool)
+    return local_response_norm(pooled, **norm), switches
 
 
 def deconv2d(
@@ -325,6 +340,11 @@ def _pool(kernel_size: Size, stride: Size | None, padding: Size, dilation: Size)
 
 def _pair(value: Size) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _options(given: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Those whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
 
 
 def _keep(value: Tensor, test: Tensor) -> Tensor:

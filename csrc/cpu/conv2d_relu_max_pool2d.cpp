@@ -277,4 +277,25 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
     });
 }
 
+std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& s, const PoolShape& pool,
+                                                   Dtype dtype, bool pooled, const Exec& exec) {
+    const std::int64_t bytes = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
+    return pooled ? bytes
+                  : gemm::round_up(bytes, kLine) + pool.outputs() * element_bytes(dtype);
+}
+
+// In two passes: the second one waits for its square roots, not for memory.
+void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, const NormShape& norm,
+                                 Dtype dtype, double alpha, double beta, double k, Address image,
+                                 Address weight, Address bias, Address pooled, Address output,
+                                 Address switches, Address workspace, const Exec& exec) {
+    if (!pooled) {
+        const auto own = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
+        pooled = {workspace.as<char>() + gemm::round_up(own, kLine)};
+    }
+    conv2d_relu_max_pool2d(s, pool, dtype, image, weight, bias, pooled, switches, {}, {}, workspace,
+                           exec);
+    local_response_norm(norm, dtype, alpha, beta, k, pooled, output, exec);
+}
+
 }  // namespace zfcuda

@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     using T = typename Factors::T;
     using Tiles = PixelTiles<T, Tile>;
     constexpr int kStages = Tile::kStages, kAhead = kStages - 1;
+    if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, stages);
     const auto block = GradientBlock::find<Tile::kM, Tiles::kDepth>(p);
     const int chunks = static_cast<int>(block.chunks);

@@ -272,6 +272,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     halo_mma_kernel(TapPlan p, HaloPlan h, Source source, const typename Factors::T* packed,
                     const typename Factors::T* bias, const typename Factors::T* forward,
                     void* result) {
+    if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, memory);
     const auto block = tap_block<kTransposed, Tile::kN>(p);
     if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels

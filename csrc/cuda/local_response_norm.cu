@@ -22,6 +22,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <limits>
 
+#include "local_response_norm.cuh"
 #include "vector.cuh"
 
 namespace zfcuda {
@@ -31,11 +32,16 @@ constexpr int kThreads = 256, kWarps = kThreads / 32, kSide = 32, kStage = 48;
 constexpr int kRow = kSide + 1;  // of a staged channel: rows and columns in different banks
 
 template <typename T>
-struct Norm {
+struct Norm : NormConstants<Sum<T>> {
     using V = Sum<T>;
     NormShape s;
-    V scale, beta, k;  // scale = alpha / size
     std::int64_t pixel_tiles, channel_tiles;
+
+    Norm(const NormShape& shape, double alpha, double beta, double k)
+        : NormConstants<V>(shape.size, alpha, beta, k),
+          s(shape),
+          pixel_tiles((s.batch * s.height * s.width + kSide - 1) / kSide),
+          channel_tiles((s.channels + kSide - 1) / kSide) {}
 
     // [first, last) of the channels whose squares divide channel c.
     __device__ std::int64_t first(std::int64_t c) const {
@@ -49,18 +55,8 @@ struct Norm {
     __device__ V denominator(const T* column, std::int64_t step, std::int64_t c) const {
         V sum = V(0);
         const std::int64_t end = last(c);
-        for (std::int64_t i = first(c); i < end; ++i) {
-            const V value = column[i * step];
-            sum += value * value;
-        }
-        return k + scale * sum;
-    }
-    __device__ V power(V denominator) const {  // d ^ beta
-        if (beta == V(0.75)) {
-            const V root = sqrt(denominator);
-            return root * sqrt(root);
-        }
-        return pow(denominator, beta);
+        for (std::int64_t i = first(c); i < end; ++i) sum = this->add_square(sum, column[i * step]);
+        return NormConstants<V>::denominator(sum);
     }
 };
 
@@ -166,10 +162,7 @@ template <typename T, typename... Arguments>
 void launch_norm(void (*kernel)(Norm<T>, Arguments...), const NormShape& s, double alpha,
                  double beta, double k, const Exec& exec, Arguments... arguments) {
     if (s.elements() == 0) return;
-    using V = Sum<T>;
-    Norm<T> norm = {s, V(alpha / double(s.size)), V(beta), V(k), 0, 0};
-    norm.pixel_tiles = (s.batch * s.height * s.width + kSide - 1) / kSide;
-    norm.channel_tiles = (s.channels + kSide - 1) / kSide;
+    const Norm<T> norm(s, alpha, beta, k);
     const std::int64_t blocks = norm.pixel_tiles * norm.channel_tiles;
     if (blocks > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: a CUDA tensor has over 2^41 elements");

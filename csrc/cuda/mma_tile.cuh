@@ -85,6 +85,11 @@ struct Halves {
     }
 };
 
+// Whether the architecture multiplies such factors: before sm_80 there is fp16 alone, and the
+// kernels of the others, which never run there, are empty.
+template <typename Factors>
+constexpr bool kMultiplies = kArch >= 80 || std::is_same_v<typename Factors::T, __half>;
+
 using Piece = Vector<std::uint32_t, 4>;
 
 // The sizes of a block's product; each warp has kWarpM x kWarpN of its kM x kN results.

@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     patch_mma_kernel(TapPlan p, PatchPlan h, const typename Factors::T* image,
                      const typename Factors::T* packed, const typename Factors::T* bias,
                      const typename Factors::T* forward, void* result) {
+    if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, memory);
     const auto block = tap_block<false, Tile::kN>(p);
     typename Tile::Accumulator sum = {};

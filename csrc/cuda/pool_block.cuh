@@ -3,6 +3,7 @@
 // conv2d_relu_max_pool2d.cu has the sketch.
 #pragma once
 
+#include "local_response_norm.cuh"
 #include "patch.cuh"
 #include "strongest.cuh"
 
@@ -80,11 +81,18 @@ struct PoolPlan {
     ZF_HD int windows() const { return y.tile * x.tile; }  // of a block
 };
 
-// Where blocks leave what is strongest in the windows of each: [image][tile][channel]. Null where
-// nobody asks.
-template <typename V>
-struct TileMaxima {
-    Strongest<V>* found;
+// What blocks leave of the maps.
+template <typename T>
+struct PoolResults {
+    T* pooled;  // perhaps null beside `normalized`
+    std::uint8_t* switches;
+    // What is strongest in the windows of each block: [image][tile][channel]. Null where nobody
+    // asks.
+    Strongest<Sum<T>>* strongest;
+    // The pooled maps after normalisation across channels, by blocks that have all of them. Null
+    // where nobody asks.
+    T* normalized;
+    WarpNorm<Sum<T>> norm;
 };
 
 // A block: windows of one image, the box of pixels that they read, channels of one group.
@@ -150,79 +158,108 @@ struct PoolBlock {
 
     // The maximum of each window and its switch, for kPart channels from `part` of the block on,
     // of maps that lie in shared memory: channel c of pixel r at at(r, c). Lanes run along
-    // channels in NHWC, along windows in NCHW; a thread stays with one channel, or of more than
-    // kSide with one of each kSide. With `maxima` it also keeps the strongest of its windows,
-    // whose values and positions are at hand, and the block's threads meet where the maps were.
-    template <typename T, int kPart, int kThreads, bool kChannelsLast, typename At>
+    // channels in NHWC, along windows in NCHW; a thread stays with one channel of each kSide. If
+    // the strongest are asked for, it also keeps those of its windows, whose values and positions
+    // are at hand, and the block's threads meet where the maps were. kWhole: the maps of all
+    // channels are there, so that a warp can normalise its windows, from register to register.
+    template <typename T, int kPart, int kThreads, bool kChannelsLast, bool kWhole, typename At>
     __device__ void look_through(const TapPlan& p, const PoolPlan& pool, int part, Sum<T>* maps,
-                                 At&& at, T* output, std::uint8_t* switches,
-                                 const TileMaxima<Sum<T>>& maxima) const {
+                                 At&& at, const PoolResults<T>& to) const {
         using V = Sum<T>;
-        constexpr int kSide = kThreads % kPart == 0 ? kPart : 32, kGroup = kThreads / kSide;
+        constexpr int kSide = kPart < 32 ? kPart : 32, kGroup = kThreads / kSide;
         constexpr int kSides = kPart / kSide;
-        // Lanes along windows meet on banks of their own.
-        constexpr int kPitch = kChannelsLast ? kPart : kPart + 16 / kGroup;
         const int side = kChannelsLast ? threadIdx.x % kSide : threadIdx.x / kGroup;
         const int first = kChannelsLast ? threadIdx.x / kSide : threadIdx.x % kGroup;
         const int channels = p.columns - first_column - part;  // or more
         const std::int64_t first_channel = std::int64_t(group) * p.columns + first_column + part;
-        const bool wanted = maxima.found != nullptr;
         Strongest<V> found[kSides];
-#pragma unroll
-        for (int s = 0; s < kSides; ++s) {
-            const int c = s * kSide + side;
-            if (c >= channels) continue;
-            const auto map = [&](int y, int x) {
-                const V value = maps[at((y - top) * pool.x.box + x - left, c)];
+        for (int base = 0; base < pool.windows(); base += kGroup) {
+            const int window = base + first, row = pool.tile_width.divide(window);
+            const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
+            const bool reached =
+                window < pool.windows() && oy < pool.y.reach && ox < pool.x.reach;
+            const bool pools = reached && oy < pool.y.count && ox < pool.x.count;
+            const auto map = [&](int s, int y, int x) {
+                const V value = maps[at((y - top) * pool.x.box + x - left, s * kSide + side)];
                 return value;
             };
-            for (int window = first; window < pool.windows(); window += kGroup) {
-                const int row = pool.tile_width.divide(window);
-                const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
-                if (oy >= pool.y.reach || ox >= pool.x.reach) continue;
-                if (oy >= pool.y.count || ox >= pool.x.count) {
-                    look_behind(pool, oy, ox, map, found[s]);
-                    continue;
+            V best[kSides] = {};
+            if (pools) {
+                int where[kSides], position[kSides];
+                look(pool, oy, ox, map, best, where, position);
+#pragma unroll
+                for (int s = 0; s < kSides; ++s) {
+                    const int c = s * kSide + side;
+                    if (c >= channels) {
+                        best[s] = V(0);  // a padding column, which may be NaN
+                        continue;
+                    }
+                    const std::int64_t place = pool.output.offset(n, first_channel + c, oy, ox);
+                    if (!kWhole || to.pooled != nullptr)
+                        to.pooled[place] = static_cast<T>(best[s]);
+                    to.switches[place] = static_cast<std::uint8_t>(where[s]);
+                    if (to.strongest != nullptr) found[s].offer(best[s], position[s]);
                 }
-                V best = V(0);
-                int where = -1, position = 0;
-                for_taps(pool, oy, ox, [&](int y, int x, int tap) {
-                    const V value = map(y, x);
-                    const bool more = value > best || value != value;
-                    if (more || where < 0) where = tap, position = y * pool.x.size + x;
-                    if (more) best = value;
-                });
-                const std::int64_t to = pool.output.offset(n, first_channel + c, oy, ox);
-                output[to] = static_cast<T>(best);
-                switches[to] = static_cast<std::uint8_t>(where);
-                if (wanted) found[s].offer(best, position);
+            } else if (reached) {
+                look_behind(pool, oy, ox, map, found);
             }
+            if constexpr (kWhole)
+                if (to.normalized != nullptr) {
+                    V quotients[kSides];
+                    to.norm.template divide<kSide>(side, best, quotients);
+#pragma unroll
+                    for (int s = 0; s < kSides; ++s)
+                        if (pools && s * kSide + side < channels)
+                            to.normalized[pool.output.offset(n, s * kSide + side, oy, ox)] =
+                                static_cast<T>(quotients[s]);
+                }
         }
-        if (!wanted) return;
+        if (to.strongest == nullptr) return;
 
+        // Lanes along windows meet on banks of their own.
+        constexpr int kPitch = kChannelsLast ? kPart : kPart + 16 / kGroup;
         auto* const met = reinterpret_cast<Strongest<V>*>(maps);
         const int tile = first_y / pool.y.tile * pool.x.tiles + first_x / pool.x.tile;
-        Strongest<V>* const to =
-            maxima.found + (n * pool.tiles() + tile) * pool.output.channels + first_channel;
+        Strongest<V>* const strongest =
+            to.strongest + (n * pool.tiles() + tile) * pool.output.channels + first_channel;
         __syncthreads();
 #pragma unroll
         for (int s = 0; s < kSides; ++s) met[first * kPitch + s * kSide + side] = found[s];
         __syncthreads();
         const int c = threadIdx.x;
         if (c >= kPart || c >= channels) return;
-        Strongest<V> strongest;
-        for (int g = 0; g < kGroup; ++g) strongest.offer(met[g * kPitch + c]);
-        to[c] = strongest;
+        Strongest<V> own;
+        for (int g = 0; g < kGroup; ++g) own.offer(met[g * kPitch + c]);
+        strongest[c] = own;
+    }
+
+    // The maxima of a window's channels, their switches and positions in the map.
+    template <int kSides, typename V, typename Map>
+    __device__ static void look(const PoolPlan& pool, int oy, int ox, Map&& map,
+                                V (&best)[kSides], int (&where)[kSides], int (&position)[kSides]) {
+#pragma unroll
+        for (int s = 0; s < kSides; ++s) where[s] = -1;
+        for_taps(pool, oy, ox, [&](int y, int x, int tap) {
+#pragma unroll
+            for (int s = 0; s < kSides; ++s) {
+                const V value = map(s, y, x);
+                const bool more = value > best[s] || value != value;
+                if (more || where[s] < 0) where[s] = tap, position[s] = y * pool.x.size + x;
+                if (more) best[s] = value;
+            }
+        });
     }
 
     // Offers what no window covers of the map, where a window (oy, ox) would be that the pool does
     // not have.
-    template <typename Map, typename V>
+    template <int kSides, typename Map, typename V>
     __device__ static void look_behind(const PoolPlan& pool, int oy, int ox, Map&& map,
-                                       Strongest<V>& found) {
+                                       Strongest<V> (&found)[kSides]) {
         for_taps(pool, oy, ox, [&](int y, int x, int) {
-            if (y >= pool.y.covered || x >= pool.x.covered)
-                found.offer(rectify(map(y, x)), y * pool.x.size + x);
+            if (y < pool.y.covered && x < pool.x.covered) return;
+#pragma unroll
+            for (int s = 0; s < kSides; ++s)
+                found[s].offer(rectify(map(s, y, x)), y * pool.x.size + x);
         });
     }
 };

@@ -23,8 +23,7 @@ namespace zfcuda {
 template <typename T, typename Tile, bool kChannelsLast, int kVector>
 __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     conv2d_relu_max_pool2d_kernel(TapPlan p, PoolPlan pool, TensorSource<T> source,
-                                  const Sum<T>* packed, const T* bias, T* output,
-                                  std::uint8_t* switches, TileMaxima<Sum<T>> maxima) {
+                                  const Sum<T>* packed, const T* bias, PoolResults<T> results) {
     using V = Sum<T>;
     constexpr int kM = Tile::kM, kN = Tile::kN, kDepth = Tile::kDepth, kPack = Pack<V>::size;
     ZF_SHARED(Pack<V>, left_tiles, 2 * Tile::kLeftSize / kPack);
@@ -73,10 +72,10 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
                     }
         }
         __syncthreads();
-        block.look_through<T, kPart, kTileThreads, kChannelsLast>(
+        block.look_through<T, kPart, kTileThreads, kChannelsLast, false>(
             p, pool, part, maps,
             [](int pixel, int c) { return kChannelsLast ? pixel * kPart + c : c * kM + pixel; },
-            output, switches, maxima);
+            results);
         __syncthreads();
     }
 }
@@ -140,10 +139,11 @@ template <typename Factors, typename Tile, typename Loop>
 __global__ void __launch_bounds__(Tile::kThreads, 2)
     conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Loop loop,
                                       const typename Factors::T* packed,
-                                      const typename Factors::T* bias, typename Factors::T* output,
-                                      std::uint8_t* switches, TileMaxima<float> maxima) {
+                                      const typename Factors::T* bias,
+                                      PoolResults<typename Factors::T> results) {
     using T = typename Factors::T;
     constexpr int kN = Tile::kN;
+    if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, memory);
     const PoolBlock block = pool_block<kN>(p, pool);
     typename Tile::Accumulator sum = {};
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
         }
     }
     __syncthreads();
-    block.look_through<T, kN, Tile::kThreads, true>(p, pool, 0, maps, at, output, switches, maxima);
+    block.look_through<T, kN, Tile::kThreads, true, true>(p, pool, 0, maps, at, results);
 }
 
 }  // namespace zfcuda

@@ -20,6 +20,7 @@ WRITTEN = {
     "conv2d_weight_gradient": {6: True, 7: True, 8: False},
     "max_pool2d": {4: True, 5: True},
     "conv2d_relu_max_pool2d": {6: True, 7: True, 8: True, 9: True, 10: False},
+    "conv2d_relu_max_pool2d_norm": {10: True, 11: True, 12: True, 13: False},
     "max_unpool2d": {5: True},
     "unpool_relu_deconv2d": {10: True, 11: False},
     "unpool_relu_weight_gradient": {9: True, 10: False},

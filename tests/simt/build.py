@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import filelock
 
@@ -45,21 +46,17 @@ def _cuda_headers() -> Path:
     return toolkit.include
 
 
-def _module(name: str, kernels: Sequence[Path], flags: Sequence[str], bindings: bool) -> build.Module:
+def _objects(kernels: Sequence[Path], flags: Sequence[str], runtime: Sequence[str] = ()) -> list[Any]:
     includes = [f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}", "-isystem", str(_cuda_headers())]
     common = ["-DZF_SIMT", *includes, "-g1", *(flag for flag in flags if flag.startswith("-D"))]
     # -march=native so that fmaf is an instruction, as on a GPU.
     kernel = ["-x", "c++", *common, "-march=native", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", *flags]
-    objects = [(path, "cxx", kernel) for path in kernels]
-    objects.append((HERE / "runtime.cpp", "cxx", [*common, "-DZF_SIMT_BACKEND"] if bindings else common))
-    if bindings:
-        objects.append(build.bindings(name))
-    return build.Module(name, objects, ["--coverage"] if "--coverage" in flags else [])
+    return [*((path, "cxx", kernel) for path in kernels), (HERE / "runtime.cpp", "cxx", [*common, *runtime])]
 
 
 def library(name: str, kernels: Sequence[Path], fast: bool = False) -> Path:
     """A shared library of the emulator with ``kernels``; without bindings, for ctypes."""
-    return _make(_module(name, kernels, FAST if fast else CHECKED, bindings=False))
+    return _make(build.Module(name, _objects(kernels, FAST if fast else CHECKED)))
 
 
 def backend(fast: bool = False, coverage: bool = False) -> ModuleType:
@@ -70,7 +67,8 @@ def backend(fast: bool = False, coverage: bool = False) -> ModuleType:
     name, flags = ("_simt_fast", FAST) if fast else ("_simt", CHECKED)
     if coverage:
         name, flags = "_simt_coverage", COVERAGE
-    path = _make(_module(name, KERNELS, flags, bindings=True))
+    objects = _objects(KERNELS, flags, ["-DZF_SIMT_BACKEND"])
+    path = _make(build.extension(name, objects, ["--coverage"] if coverage else []))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -10,6 +10,7 @@ rounded once, when a result is written.
 from zfcuda.ops.conv2d_relu import conv2d_relu
 from zfcuda.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d
 from zfcuda.ops.conv2d_relu_max_pool2d_maximum import conv2d_relu_max_pool2d_maximum
+from zfcuda.ops.conv2d_relu_max_pool2d_norm import conv2d_relu_max_pool2d_norm
 from zfcuda.ops.crop_windows import crop_windows
 from zfcuda.ops.deconv2d import deconv2d
 from zfcuda.ops.local_response_norm import local_response_norm
@@ -28,6 +29,7 @@ __all__ = [
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "conv2d_relu_max_pool2d_maximum",
+    "conv2d_relu_max_pool2d_norm",
     "crop_windows",
     "deconv2d",
     "indices_to_switches",

@@ -36,11 +36,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 #: What an implementation returns: a generator that yields once.
 OneResult = Generator[Result, Tensor, None]
 TwoResults = Generator[tuple[Result, Result], tuple[Tensor, Tensor], None]
+ThreeResults = Generator[tuple[Result, Result, Result], tuple[Tensor, Tensor, Tensor], None]
 FourResults = Generator[tuple[Result, Result, Result, Result], tuple[Tensor, Tensor, Tensor, Tensor], None]
 NoResult = Generator[None, None, None]
 _RETURNS = {
     OneResult: Tensor,
     TwoResults: tuple[Tensor, Tensor],
+    ThreeResults: tuple[Tensor, Tensor, Tensor],
     FourResults: tuple[Tensor, Tensor, Tensor, Tensor],
     NoResult: None,
 }
@@ -112,7 +114,8 @@ class Operator:
     def register_out(self, *names: str, **constants: Any) -> None:
         """Register NAME_out, which :meth:`into` calls: it writes into tensors of these ``names``, its last arguments.
 
-        ``constants`` are the last arguments of this operator, and none of the other's.
+        ``constants`` are the last arguments of this operator, and none of the other's. Results behind those that have
+        names are dropped.
         """
         count = len(self._signature.parameters) - len(constants)
         parameters = self._signature.parameters[:count]
@@ -122,12 +125,14 @@ class Operator:
             given, outs = args[:count], args[count:]
             work = self._implementation(*given, **constants)
             wanted = next(work)
-            for label, out, result in zip(labels, outs, wanted if len(outs) > 1 else [wanted], strict=True):
+            wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+            for label, out, result in zip(labels, outs, wanted, strict=False):
                 result.check(label, out)
             yield
             inputs = {p.name: a for p, a in zip(parameters, given, strict=True) if isinstance(a, Tensor)}
             check_apart(dict(zip(labels, outs, strict=True)), inputs)
-            _finish(work, outs if len(outs) > 1 else outs[0])
+            results = (*outs, *_allocated(wanted[len(outs) :]))
+            _finish(work, results if len(results) > 1 else results[0])
 
         written = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor) for n in names]
         signature = inspect.Signature([*parameters, *written], return_annotation=NoResult)
@@ -277,6 +282,14 @@ def not_differentiable(operator: Operator, name: str, remedy: str) -> None:
         raise RuntimeError(f"zfcuda.ops.{name} is not differentiable, but a gradient was asked for; {remedy}")
 
     operator.register_autograd(backward)
+
+
+def derivable(*tensors: Tensor | None) -> bool:
+    """Whether derivatives by these may be asked for of what is computed from them now."""
+    if not is_dynamo_compiling():
+        if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+            return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---------------------------------------------------------------- what users call

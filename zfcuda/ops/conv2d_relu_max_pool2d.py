@@ -86,7 +86,7 @@ def conv2d_relu_max_pool2d(
     """
     window = pool_kernel_size, pool_stride, pool_padding, pool_dilation
     arguments = checked(input, weight, bias, stride, padding, dilation, groups, *window, pool_ceil_mode)
-    return _conv2d_relu_max_pool2d(*arguments) if out is None else _conv2d_relu_max_pool2d.into(out, *arguments)
+    return convolve_pool(*arguments) if out is None else convolve_pool.into(out, *arguments)
 
 
 def checked(
@@ -149,7 +149,7 @@ def run(
 
 
 @operator("conv2d_relu_max_pool2d", batched=("input",))
-def _conv2d_relu_max_pool2d(
+def convolve_pool(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -170,6 +170,13 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor
 
 def _backward(ctx: Any, grad_output: Tensor, _: None) -> tuple[Tensor | None, ...]:
     input, weight, output, switches = ctx.saved_tensors
+    return gradients(ctx, input, weight, output, switches, grad_output)
+
+
+def gradients(
+    ctx: Any, input: Tensor | None, weight: Tensor, output: Tensor, switches: Tensor, grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Those by input, weight and bias that ``ctx`` asks for, of the pool that is ``output``."""
     filters, window = ctx.filters, ctx.window
     needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
     maps_size = filters.maps_size(ctx.input_size, weight.shape[2:])
@@ -191,13 +198,25 @@ def _tangent(
     inputs: Sequence[Any], results: tuple[Tensor, Tensor], tangents: Sequence[Any]
 ) -> tuple[Tensor | None, None]:
     image, weight, _, filters, window, _ = inputs
-    output, switches = results
+    return pooled_tangent(image, weight, filters, window, *results, tangents), None
+
+
+def pooled_tangent(
+    image: Tensor,
+    weight: Tensor,
+    filters: Filters,
+    window: Window,
+    output: Tensor,
+    switches: Tensor,
+    tangents: Sequence[Any],
+) -> Tensor | None:
+    """The tangent of the pool that is ``output``, for those of image, weight and bias, which come first."""
     size = [*output.shape[:2], *filters.maps_size(image.shape[2:], weight.shape[2:])]
     maps = convolution_tangent(image, weight, None, filters, size, tangents)
     if maps is None:
-        return None, None
-    return gather(maps, switches, window, False, False).masked_fill(output.detach() <= 0, 0), None
+        return None
+    return gather(maps, switches, window, False, False).masked_fill(output.detach() <= 0, 0)
 
 
-_conv2d_relu_max_pool2d.register_autograd(_backward, _setup_context, _tangent)
-_conv2d_relu_max_pool2d.register_out("output", "switches")
+convolve_pool.register_autograd(_backward, _setup_context, _tangent)
+convolve_pool.register_out("output", "switches")
