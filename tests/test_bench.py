@@ -376,7 +376,8 @@ BUILDS = {
     "renormalize_filters_": partial(operators.renormalise, TINY),
     **{name: partial(operators.small, name) for name in operators.CALLS},
     "forward": partial(layers.forward, TINY),
-    "forward with pool": partial(layers.forward, TINY, fused=True),
+    "forward with pool": partial(layers.forward, TINY, through="pool"),
+    "forward with pool and normalisation": partial(layers.forward, TINY, through="norm"),
     "data gradient": partial(layers.data_gradient, TINY),
     "weight gradient": partial(layers.weight_gradient, TINY),
     "grouped forward": partial(layers.forward, TINY_GROUPED),
@@ -591,7 +592,7 @@ def test_the_suite_of_a_gpu_on_a_stand_in(setting, monkeypatch, tmp_path) -> Non
     monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
     setting = dataclasses.replace(setting, kind="cuda")
     cases = [
-        Case("layers", "tiny", MODES[mode], partial(layers.forward, TINY, fused=True), flops=1000, bytes=100)
+        Case("layers", "tiny", MODES[mode], partial(layers.forward, TINY, through="norm"), flops=1000, bytes=100)
         for mode in ("ieee", "tf32", "3xtf32", "bf16")
     ]
     monkeypatch.setattr("zfcuda.bench.ceiling.measured", lambda *_: {"bytes": 1e12, "flops": 1e13})

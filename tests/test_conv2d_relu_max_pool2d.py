@@ -25,7 +25,10 @@ from oracles import (
 from test_max_pool2d import steps_over
 from test_max_pool2d import torchs as torchs_pool
 
+import zfcuda
 from zfcuda import core, ops, reference
+from zfcuda.ops._conv import Filters
+from zfcuda.ops._pool import Window
 
 POOL = {"pool_kernel_size": 3, "pool_stride": 2, "pool_ceil_mode": True}
 
@@ -168,6 +171,70 @@ def test_special_values(backend):
         results.append([t.detach().cpu() for t in (output, switches, gradient)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+ZFNET = {"conv1": (3, 224, 96, 7, 2, 1), "conv2": (96, 55, 256, 5, 2, 0), "conv5": (384, 13, 256, 3, 1, 1)}
+
+
+@pytest.mark.parametrize("backend", ["simt"], indirect=True)
+@pytest.mark.parametrize("processors", [40, 108, 132])
+@pytest.mark.parametrize("mode", ["ieee", "tf32", "3xtf32"])
+@pytest.mark.parametrize(
+    ("layer", "batch"), [("conv1", 128), ("conv2", 1), ("conv2", 128), ("conv5", 1), ("conv5", 128)]
+)
+def test_the_cheaper_way_for_zfnet(backend, emulator, monkeypatch, layer, batch, mode, processors):
+    """Layer 1, by few channels to large maps, never has maps in memory. Layers 2 and 5, by long sums to small maps,
+    which boxes cut badly, are pooled behind the convolution; of any batch for no more than some waves of blocks."""
+    channels, size, maps, kernel, stride, padding = ZFNET[layer]
+    filters = Filters([stride] * 2, [padding] * 2, [1, 1], 1)
+    out = (size + 2 * padding - kernel) // stride + 1
+    weight = torch.empty(maps, channels, kernel, kernel, device="meta")
+    window, pooled = Window([3, 3], [2, 2], [0, 0], [1, 1]), (out - 2) // 2 + 1
+    shape = filters.shape((batch, channels, size, size), (batch, maps, out, out), weight, torch.channels_last)
+    pool = window.shape((batch, maps, out, out), (batch, maps, pooled, pooled), torch.channels_last)
+    monkeypatch.setattr(emulator, "processors", processors)
+    where = 0, 0, 1, core.PRECISIONS[mode]
+    scratch = emulator.conv2d_relu_max_pool2d_workspace(shape, pool, core.DTYPES[torch.float32], False, where)
+    image = 4 * maps * out**2
+    if layer == "conv1":
+        assert scratch < image
+    else:
+        at_a_time = max(image, 4 * 8 * 2 * 128 * 128 * processors)
+        assert image * min(batch, at_a_time // image) / 2 <= scratch - 4 * weight.numel() < at_a_time + (1 << 25)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("batch", "side"), [(3, 52), (5, 40)])
+def test_the_convolution_of_some_images_at_a_time(backend, request, monkeypatch, batch, side, channels_last):
+    """Windows that no box holds; where the GPU is small, one or two images at a time, and a rest of one."""
+    if backend.name == "simt":
+        monkeypatch.setattr(request.getfixturevalue("emulator"), "processors", 1)
+    inputs = tensors(whole_numbers, batch, 1, (40, side), 64, (1, 1))
+    sample = Sample(inputs, {"pool_kernel_size": 16, "pool_stride": 11}, differentiable=False)
+    layout = "channels_last" if channels_last else "contiguous"
+    placed = sample.on(backend.device, torch.float32, layout)
+    expected = sample.on(torch.device("cpu"), torch.float32).call(torchs)
+    for actual in (placed.call(ops.conv2d_relu_max_pool2d), placed.call(ops.conv2d_relu_max_pool2d_maximum)[:2]):
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True))
+    maxima = placed.call(ops.conv2d_relu_max_pool2d_maximum)[2]
+    assert torch.equal(maxima.cpu(), F.conv2d(*sample.tensors).relu().float().flatten(2).amax(2))
+
+
+@pytest.mark.parametrize("mode", ["ieee", "tf32"])
+@pytest.mark.parametrize(("channels", "maps"), [(3, 96), (64, 64), (200, 24)])
+def test_an_image_that_no_vector_loads(backend, channels, maps, mode):
+    """Its address decides the way, and with it the workspace, which must be enough for all."""
+    x, weight, bias = tensors(whole_numbers, 1, channels, (9, 11), maps, (3, 3))
+    room = torch.zeros(x.numel() + 1, device=backend.device)
+    image = room[1:].view(1, 9, 11, channels).permute(0, 3, 1, 2)
+    image.copy_(x)
+    weight, bias = weight.float().to(backend.device), bias.float().to(backend.device)
+    expected = torchs(x, weight.cpu().double(), bias.cpu().double(), padding=1, **POOL)
+    with zfcuda.set_fp32_precision(mode):
+        actual = ops.conv2d_relu_max_pool2d(image, weight, bias, 1, 1, **POOL)
+        normed, switches = ops.conv2d_relu_max_pool2d_norm(image, weight, bias, 1, 1, **POOL, norm_size=5)
+    assert all(torch.equal(a.cpu(), e.to(a.dtype)) for a, e in zip(actual, expected, strict=True))
+    assert torch.equal(switches, actual[1]) and torch.equal(normed, ops.local_response_norm(actual[0], 5))
 
 
 CASES = st.fixed_dictionaries(

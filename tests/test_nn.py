@@ -40,6 +40,12 @@ def pairs():
             nn.Sequential(nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), nn.ReLU(), nn.MaxPool2d(2)),
             zf.ConvReLUMaxPool2d(3, 4, (4, 3), padding="same", dilation=(1, 2), pool_kernel_size=2),
         ),
+        "conv, pool and norm": (
+            nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.LocalResponseNorm(5, 0.5, 0.6, 2.0)),
+            zf.ConvReLUMaxPool2dNorm(
+                3, 6, 3, pool_kernel_size=2, norm_size=5, norm_alpha=0.5, norm_beta=0.6, norm_k=2.0
+            ),
+        ),
         "relu and pool": (nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)), zf.ReLUMaxPool2d(3, 2, 1)),
         "pool": (nn.MaxPool2d(3, 2, 1, 1, False, True), zf.MaxPool2d(3, 2, 1, 1, False, True)),
         "pool, stride of the window": (nn.MaxPool2d(2), zf.MaxPool2d(2)),
@@ -87,11 +93,14 @@ def test_switches_of_the_fused_modules(backend):
     """… are those of the pool by itself, and unpool by MaxUnpool2d; indices are torch's."""
     x, pool = normal(2, 3, 8, 9).float(), (3, 2, 1)
     conv = zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2, return_switches=True).to(backend.device)
+    norm = zf.ConvReLUMaxPool2dNorm(3, 4, 3, pool_kernel_size=2, return_switches=True, norm_size=3)
     maps = zf.ConvReLU2d(3, 4, 3).to(backend.device)
     maps.load_state_dict(conv.state_dict())
     placed = x.to(backend.device)
     expected = zf.MaxPool2d(2, return_switches=True)(maps(placed))
     assert all(torch.equal(a, b) for a, b in zip(conv(placed), expected, strict=True))
+    norm.to(backend.device).load_state_dict(conv.state_dict())
+    assert torch.equal(norm(placed)[1], expected[1])
     output, switches = zf.ReLUMaxPool2d(*pool, return_switches=True)(placed)
     assert zf.MaxUnpool2d(*pool)(output, switches, x.shape).shape == x.shape
     _, indices = zf.ReLUMaxPool2d(*pool, return_indices=True)(placed)
@@ -100,8 +109,8 @@ def test_switches_of_the_fused_modules(backend):
 
 def test_the_deconvnet_refuses_what_it_does_not_know():
     """A fused module is not taken for the module that it derives from."""
-    fused = zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2), zf.ReLUMaxPool2d(2)
-    for module in fused:
+    norm = zf.ConvReLUMaxPool2dNorm(3, 4, 3, pool_kernel_size=2, norm_size=5)
+    for module in (zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2), norm, zf.ReLUMaxPool2d(2)):
         with pytest.raises(TypeError, match=r"overrides the forward\(\)"):
             zfcuda.DeconvNet(nn.Sequential(module))
 
@@ -144,6 +153,9 @@ def test_repr():
     expected = "ConvReLUMaxPool2d(3, 4, kernel_size=(3, 3), stride=(1, 1), pool_kernel_size=2, pool_stride=2, "
     expected += "pool_padding=0, pool_dilation=1, pool_ceil_mode=False)"
     assert repr(zf.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2)) == expected
+    expected = f"{expected[:-1]}, norm_size=5, norm_alpha=0.0001, norm_beta=0.75, norm_k=1.0)"
+    expected = expected.replace("MaxPool2d", "MaxPool2dNorm")
+    assert repr(zf.ConvReLUMaxPool2dNorm(3, 4, 3, pool_kernel_size=2, norm_size=5)) == expected
     assert repr(zf.ReLUMaxPool2d(3, 2)) == repr(nn.MaxPool2d(3, 2)).replace("MaxPool2d", "ReLUMaxPool2d")
     assert repr(zf.ConvReLU2d(3, 4, 3, 2)) == "ConvReLU2d(3, 4, kernel_size=(3, 3), stride=(2, 2))"
     assert repr(zf.MaxPool2d(3, 2)) == repr(nn.MaxPool2d(3, 2))
@@ -157,6 +169,7 @@ def test_repr():
     [
         (RuntimeError, "padding_mode is 'reflect'", lambda: zf.ConvReLU2d(3, 4, 3, padding=1, padding_mode="reflect")),
         (TypeError, "pool_kernel_size", lambda: zf.ConvReLUMaxPool2d(3, 4, 3)),
+        (TypeError, "norm_size", lambda: zf.ConvReLUMaxPool2dNorm(3, 4, 3, pool_kernel_size=2)),
         (RuntimeError, "return_switches", lambda: zf.MaxPool2d(2, return_indices=True, return_switches=True)),
         (ValueError, "overlap is 'max'", lambda: zf.MaxUnpool2d(2, overlap="max")),
     ],

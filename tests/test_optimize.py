@@ -257,6 +257,94 @@ def test_normalisation_and_pools_alone():
             assert_same(model, optimised, x)
 
 
+class Layer(nn.Module):
+    """A convolution with all that may follow it: ``norm(self, x)`` of ``pool(self, x)`` of the rectified maps."""
+
+    def __init__(self, pool, norm, conv=None, rectify=torch.relu):
+        super().__init__()
+        self.conv = conv or nn.Conv2d(3, 6, 3)
+        self.rectify, self.pooled, self.normed = rectify, pool, norm
+        self.pool, self.norm = nn.MaxPool2d(3, 2), nn.LocalResponseNorm(5, 0.5, 0.75, 2.0)
+        self.our_pool, self.our_norm = zfcuda.nn.MaxPool2d(3, 2), zfcuda.nn.LocalResponseNorm(5, 0.5, 0.75, 2.0)
+        self.switching = zfcuda.nn.MaxPool2d(3, 2, return_switches=True)
+
+    def forward(self, x):
+        return self.normed(self, self.pooled(self, self.rectify(self.conv(x))))
+
+
+LAYER_POOLS = {
+    "module": lambda self, x: self.pool(x),
+    "ours": lambda self, x: self.our_pool(x),
+    "function": lambda self, x: F.max_pool2d(x, 3, 2),
+}
+LAYER_NORMS = {
+    "module": lambda self, x: self.norm(x),
+    "ours": lambda self, x: self.our_norm(x),
+    "function": lambda self, x: F.local_response_norm(x, 5, 0.5, k=2.0),
+    "our function": lambda self, x: zfcuda.ops.local_response_norm(x, 5, 0.5, k=2.0),
+}
+
+
+@pytest.mark.parametrize("norm", LAYER_NORMS)
+@pytest.mark.parametrize("pool", LAYER_POOLS)
+def test_a_whole_layer(pool, norm):
+    """However pool and normalisation are written."""
+    model = Layer(LAYER_POOLS[pool], LAYER_NORMS[norm])
+    optimised = zfcuda.optimize(model)
+    assert calls(optimised, X).names == ["zfcuda::conv2d_relu_max_pool2d_norm"]
+    (replaced,) = [r for r in optimised.zfcuda_report.replaced if r.name == "conv"]
+    assert replaced.now == "zfcuda.ops.conv2d_relu_max_pool2d_norm" and len(replaced.joined) == 3
+    assert_same(model, optimised, X)
+
+
+NOT_NORMED = {
+    "elsewhere": lambda self, x: self.norm(x) + x,
+    "not behind the pool": lambda self, x: self.norm(x.neg()),
+    "twice": lambda self, x: (self.norm(x), self.our_norm(x)),
+    "no constant": lambda self, x: F.local_response_norm(x, x.size(1), 0.5),
+}
+
+
+@pytest.mark.parametrize("norm", NOT_NORMED)
+def test_a_normalisation_that_is_not_the_layers(norm):
+    model = Layer(LAYER_POOLS["module"], NOT_NORMED[norm])
+    optimised = zfcuda.optimize(model)
+    seen = calls(optimised, X)
+    assert (seen.count("zfcuda::conv2d_relu_max_pool2d"), seen.count("zfcuda::conv2d_relu_max_pool2d_norm")) == (1, 0)
+    assert_same(model, optimised, X)
+
+
+def test_layers_of_our_own_modules():
+    """Which have their ReLU already; alone they stay, and so does a pool that gives its switches."""
+    for pool, name in ((LAYER_POOLS["ours"], "conv2d_relu_max_pool2d_norm"), (lambda self, x: x, "conv2d_relu")):
+        model = Layer(pool, LAYER_NORMS["ours"], zfcuda.nn.ConvReLU2d(3, 6, 3), rectify=lambda x: x)
+        optimised = zfcuda.optimize(model)
+        assert calls(optimised, X).names[0] == f"zfcuda::{name}"
+        assert_same(model, optimised, X)
+    for pool in (lambda self, x: self.switching(x)[0], lambda self, x: zfcuda.ops.max_pool2d(x, 3, 2)[0]):
+        model = Layer(pool, LAYER_NORMS["ours"], zfcuda.nn.ConvReLU2d(3, 6, 3), rectify=lambda x: x)
+        seen = calls(zfcuda.optimize(model), X).names
+        assert seen == ["zfcuda::conv2d_relu", "zfcuda::max_pool2d", "zfcuda::local_response_norm"]
+
+    hooked = Layer(LAYER_POOLS["ours"], LAYER_NORMS["ours"], zfcuda.nn.ConvReLU2d(3, 6, 3), rectify=lambda x: x)
+    hooked.conv.register_forward_hook(lambda module, args, output: output * 2)
+    assert "zfcuda::conv2d_relu" in calls(zfcuda.optimize(hooked), X).names
+    assert_same(hooked, zfcuda.optimize(hooked), X)
+
+
+def test_zfnet():
+    """Layers 1 and 2 as one operator each, layer 5 with its pool; the same bits, and once more of the result."""
+    net = zfcuda.models.zfnet(widths=(4, 6, 4, 4, 5), fc_width=8, num_classes=3).eval()
+    optimised = zfcuda.optimize(net)
+    images = torch.randn(1, 3, 224, 224)
+    for fast in (optimised, zfcuda.optimize(optimised)):
+        names = [name for name in calls(fast, images).names if name.startswith("zfcuda")]
+        operators = ["conv2d_relu_max_pool2d_norm"] * 2 + ["conv2d_relu"] * 2 + ["conv2d_relu_max_pool2d"]
+        assert names == [f"zfcuda::{name}" for name in operators]
+        assert torch.equal(fast(images), net(images))
+    assert not optimised.zfcuda_report.left
+
+
 @pytest.mark.parametrize("module", [nn.MaxPool2d(2), nn.LocalResponseNorm(3), nn.Conv2d(3, 2, 3), nn.Identity()])
 def test_a_layer_by_itself(module):
     assert_same(module, zfcuda.optimize(module), X)

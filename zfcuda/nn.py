@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from zfcuda.ops.max_unpool2d import OVERLAPS
 __all__ = [
     "ConvReLU2d",
     "ConvReLUMaxPool2d",
+    "ConvReLUMaxPool2dNorm",
     "FastestMaxPool2d",
     "LocalResponseNorm",
     "MaxPool2d",
@@ -65,6 +66,15 @@ class ConvReLUMaxPool2d(ConvReLU2d):
         If ``padding_mode`` is not ``"zeros"``.
     """
 
+    _operate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(ops.conv2d_relu_max_pool2d)
+    _options: tuple[str, ...] = (
+        "pool_kernel_size",
+        "pool_stride",
+        "pool_padding",
+        "pool_dilation",
+        "pool_ceil_mode",
+    )
+
     def __init__(
         self,
         *args: Any,
@@ -83,11 +93,11 @@ class ConvReLUMaxPool2d(ConvReLU2d):
         self.return_switches = return_switches
 
     def forward(self, input: Tensor) -> Any:
-        """(batch, in_channels, height, width) to the pooled tensor, or a pair of it and the switches (uint8).
+        """(batch, in_channels, height, width) to the result, or a pair of it and the switches (uint8).
 
         The batch may be missing.
         """
-        output, switches = ops.conv2d_relu_max_pool2d(
+        output, switches = self._operate(
             input,
             self.weight,
             self.bias,
@@ -95,20 +105,42 @@ class ConvReLUMaxPool2d(ConvReLU2d):
             self.padding,
             self.dilation,
             self.groups,
-            pool_kernel_size=self.pool_kernel_size,
-            pool_stride=self.pool_stride,
-            pool_padding=self.pool_padding,
-            pool_dilation=self.pool_dilation,
-            pool_ceil_mode=self.pool_ceil_mode,
+            **{name: getattr(self, name) for name in self._options},
         )
         return (output, switches) if self.return_switches else output
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}, "
-            f"pool_padding={self.pool_padding}, pool_dilation={self.pool_dilation}, "
-            f"pool_ceil_mode={self.pool_ceil_mode}"
-        )
+        return ", ".join([super().extra_repr(), *(f"{name}={getattr(self, name)}" for name in self._options)])
+
+
+class ConvReLUMaxPool2dNorm(ConvReLUMaxPool2d):
+    """:class:`ConvReLUMaxPool2d` and ``nn.LocalResponseNorm`` in one operator, :func:`zfcuda.ops.conv2d_relu_max_pool2d_norm`.
+
+    Parameters
+    ----------
+    norm_size, norm_alpha, norm_beta, norm_k
+        As ``size``, … of ``torch.nn.LocalResponseNorm``; the others are those of :class:`ConvReLUMaxPool2d`.
+
+    Raises
+    ------
+    RuntimeError
+        If ``padding_mode`` is not ``"zeros"``.
+    """
+
+    _operate = staticmethod(ops.conv2d_relu_max_pool2d_norm)
+    _options = (*ConvReLUMaxPool2d._options, "norm_size", "norm_alpha", "norm_beta", "norm_k")
+
+    def __init__(
+        self,
+        *args: Any,
+        norm_size: int,
+        norm_alpha: float = 1e-4,
+        norm_beta: float = 0.75,
+        norm_k: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm_size, self.norm_alpha, self.norm_beta, self.norm_k = norm_size, norm_alpha, norm_beta, norm_k
 
 
 class MaxPool2d(nn.MaxPool2d):

@@ -84,35 +84,38 @@ struct MmaBoxes {
     }
 };
 
-// Whether blocks have boxes of at most so many pixels for all that is asked, chosen in the plan.
-bool in_boxes(const PoolShape& pool, bool maximum, int pixels, PoolPlan& plan) {
-    return !(maximum && pool.gaps()) && plan.choose(pixels);
-}
+// The kernels with boxes, for all that is asked: `exist` if windows fit them, `pay` if they take
+// less time, within an eighth, than the convolution, its maps in memory, and their pool: those
+// compute pixels twice where boxes overlap and fill them up, but write no maps, for which they need
+// no memory either.
+struct Boxes {
+    PoolPlan plan;
+    Way way;
+    MmaBoxes mma;
+    bool exist, pay = false;
 
-// Otherwise: the maps of one image at a time, behind the convolution's workspace.
-void by_image(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight, Address bias,
-              Address output, Address switches, Address values, Address positions,
-              Address workspace, const Exec& exec) {
-    const std::int64_t images = s.batch, bytes = element_bytes(dtype);
-    s.batch = pool.batch = 1;
-    const Address maps{workspace.as<char>() + conv2d_workspace(s, dtype, exec)};
-    for (std::int64_t n = 0; n < images; ++n) {
-        const std::int64_t to = n * pool.output().step_image(), first = n * pool.channels;
-        const Address from{image.as<char>() + n * s.image().step_image() * bytes};
-        const Address pooled{output.as<char>() + to * bytes}, bits{switches.as<char>() + to};
-        conv2d(s, dtype, Gate::deconvnet, from, weight, bias, Address{}, maps, workspace, exec);
-        max_pool2d(pool, dtype, true, maps, pooled, bits, exec);
-        if (values)
-            map_maximum(pool, dtype, maps, pooled, bits, Address{values.as<char>() + first * bytes},
-                        Address{positions.as<std::int64_t>() + first}, exec);
+    // `asked` is the way of the convolution by itself.
+    Boxes(const ConvShape& s, const PoolShape& pool, Dtype dtype, bool maximum, Way asked,
+          const Exec& exec)
+        : plan(pool, maximum), way(asked), mma(s, dtype, asked) {
+        exist = !(maximum && pool.gaps()) && plan.choose(box_pixels(s, dtype));
+        if (!exist) return;
+        if (way != Way::fma && !mma.choose(plan)) way = Way::fma;
+        const std::int64_t bytes = element_bytes(dtype), maps = s.batch * s.maps().step_image();
+        const std::int64_t memory = 2 * maps * bytes / memory_bytes(exec);  // written, and read
+        pay = cycles(s, dtype, exec) * 8 <=
+              (conv2d_cycles(s, dtype, asked, exec) + kPass + memory) * 9;
     }
-}
 
-// The maxima of tiles, null where nobody asks, lie behind the packed weights.
-Address tile_maxima(const ConvShape& s, Dtype dtype, Address values, Address workspace) {
-    if (!values) return {};
-    return {workspace.as<char>() + (packed_weights<false>(s, dtype) + 15) / 16 * 16};
-}
+    std::int64_t cycles(const ConvShape& s, Dtype dtype, const Exec& exec) const {
+        const int bytes = static_cast<int>(element_bytes(dtype));
+        const TapPlan p = choice_plan<false>(s, dtype, way);
+        const TileCost tile = small_tile(p, bytes);
+        const std::int64_t blocks =
+            std::int64_t(p.padded_columns / tile.columns) * plan.tiles() * p.groups * s.batch;
+        return loop_cycles(p, tile, factor_bytes(p, bytes), blocks, 1, processors(exec));
+    }
+};
 
 // Where the results go: PoolResults of any type.
 struct PoolAddresses {
@@ -127,21 +130,66 @@ struct PoolAddresses {
     }
 };
 
-// By blocks with boxes of the plan, which it makes smaller for the tensor cores.
-void by_boxes(const ConvShape& s, PoolPlan& plan, Dtype dtype, Address image, Address weight,
+// Otherwise: the convolution, then its pool, of so many images at a time that the last of some
+// waves of blocks hardly counts, and the maps of no more are in memory.
+std::int64_t images_at_a_time(const ConvShape& s, const Exec& exec) {
+    constexpr std::int64_t kWaves = 8, kResults = 2 * 128 * 128;  // of a multiprocessor at once
+    const std::int64_t wanted = kWaves * kResults * processors(exec);
+    const std::int64_t most = std::max<std::int64_t>(1, wanted / s.maps().step_image());
+    const std::int64_t turns = std::max<std::int64_t>(1, (s.batch + most - 1) / most);
+    return (s.batch + turns - 1) / turns;
+}
+
+// What the convolution of those, or of the rest, needs; the maps lie behind it.
+std::int64_t convolution_workspace(ConvShape s, Dtype dtype, const Exec& exec) {
+    const std::int64_t batch = s.batch;
+    s.batch = images_at_a_time(s, exec);
+    const std::int64_t bytes = conv2d_workspace(s, dtype, exec);
+    if (s.batch == 0 || batch % s.batch == 0) return bytes;
+    s.batch = batch % s.batch;
+    return std::max(bytes, conv2d_workspace(s, dtype, exec));
+}
+
+void one_after_the_other(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight,
+                         Address bias, const PoolAddresses& to, Address values, Address positions,
+                         Address workspace, const Exec& exec) {
+    const std::int64_t batch = s.batch, images = images_at_a_time(s, exec);
+    const std::int64_t bytes = element_bytes(dtype);
+    const Address maps{workspace.as<char>() + convolution_workspace(s, dtype, exec)};
+    for (std::int64_t n = 0; n < batch; n += images) {
+        s.batch = pool.batch = std::min(images, batch - n);
+        const std::int64_t at = n * pool.output().step_image(), first = n * pool.channels;
+        const Address from{image.as<char>() + n * s.image().step_image() * bytes};
+        const Address pooled{to.pooled.as<char>() + at * bytes};
+        const Address switches{to.switches.as<char>() + at};
+        conv2d(s, dtype, Gate::deconvnet, from, weight, bias, Address{}, maps, workspace, exec);
+        max_pool2d(pool, dtype, true, maps, pooled, switches, exec);
+        if (values)
+            map_maximum(pool, dtype, maps, pooled, switches,
+                        Address{values.as<char>() + first * bytes},
+                        Address{positions.as<std::int64_t>() + first}, exec);
+    }
+}
+
+// The maxima of tiles, null where nobody asks, lie behind the packed weights.
+Address tile_maxima(const ConvShape& s, Dtype dtype, Address values, Address workspace) {
+    if (!values) return {};
+    return {workspace.as<char>() + (packed_weights<false>(s, dtype) + 15) / 16 * 16};
+}
+
+void by_boxes(const ConvShape& s, const Boxes& boxes, Dtype dtype, Address image, Address weight,
               Address bias, const PoolAddresses& to, Address workspace, const Exec& exec) {
-    const Way way = tap_way<false>(s, dtype, exec, image);
-    MmaBoxes mma(s, dtype, way);
-    const bool by_mma = way != Way::fma && mma.choose(plan);
-    const Way by = by_mma ? way : Way::fma;
-    pack_weights<false>(s, dtype, by, weight, workspace, exec);
-    TapPlan p = tap_plan<false>(s, dtype, by, Gate::none);
+    const Way way = boxes.way;
+    const PoolPlan& plan = boxes.plan;
+    const MmaBoxes& mma = boxes.mma;
+    pack_weights<false>(s, dtype, way, weight, workspace, exec);
+    TapPlan p = tap_plan<false>(s, dtype, way, Gate::none);
     const auto grid = [&](int columns) {
         p.column_tiles = p.padded_columns / columns;
         return tap_grid(std::int64_t(p.column_tiles) * plan.x.tiles * plan.y.tiles * p.groups *
                         s.batch);
     };
-    if (by_mma)
+    if (way != Way::fma)
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
@@ -183,32 +231,27 @@ void by_boxes(const ConvShape& s, PoolPlan& plan, Dtype dtype, Address image, Ad
 }
 
 // Whether blocks of the tensor cores have all channels of their pixels, as many as a warp sees.
-bool normalizes(const ConvShape& s, const PoolShape& pool, std::int64_t size, Dtype dtype,
-                Address image, const Exec& exec) {
-    const Way way = tap_way<false>(s, dtype, exec, image);
-    if (way == Way::fma || s.groups != 1 || size / 2 > WarpNorm<float>::kReach) return false;
-    PoolPlan plan(pool, false);
-    MmaBoxes mma(s, dtype, way);
-    return mma.p.padded_columns <= MergedMmaTile::kN && mma.choose(plan);
+bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
+    return boxes.pay && boxes.way != Way::fma && s.groups == 1 &&
+           size / 2 <= WarpNorm<float>::kReach && boxes.mma.p.padded_columns <= MergedMmaTile::kN;
 }
 
 }  // namespace
 
+// For both ways of the convolution: the addresses decide which it takes.
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
                                               Dtype dtype, bool maximum, const Exec& exec) {
-    PoolPlan plan(pool, maximum);
-    if (!in_boxes(pool, maximum, box_pixels(s, dtype), plan)) {
-        ConvShape one = s;
-        one.batch = 1;
-        return conv2d_workspace(one, dtype, exec) + s.maps().step_image() * element_bytes(dtype);
+    std::int64_t bytes = 0;
+    for (const Way asked : {Way::fma, tap_way<false>(s, dtype, exec)}) {
+        const Boxes boxes(s, pool, dtype, maximum, asked, exec);
+        const std::int64_t tiles = maximum ? s.batch * boxes.plan.tiles() * s.out_channels : 0;
+        const std::int64_t maps = images_at_a_time(s, exec) * s.maps().step_image();
+        bytes = std::max(bytes, boxes.pay ? packed_weights<false>(s, dtype) + 15 +
+                                                tiles * 2 * sum_bytes(dtype)
+                                          : convolution_workspace(s, dtype, exec) +
+                                                maps * element_bytes(dtype));
     }
-    const std::int64_t packed = packed_weights<false>(s, dtype);
-    if (!maximum) return packed;
-    int tiles = plan.tiles();
-    const Way way = tap_way<false>(s, dtype, exec);
-    if (way != Way::fma && MmaBoxes(s, dtype, way).choose(plan))
-        tiles = std::max(tiles, plan.tiles());
-    return packed + 15 + s.batch * tiles * s.out_channels * 2 * sum_bytes(dtype);
+    return bytes;
 }
 
 void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image,
@@ -217,19 +260,20 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                             const Exec& exec) {
     if (values && pool.in_height * pool.in_width > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: the maximum of a map of over 2^31 positions");
-    PoolPlan plan(pool, bool(values));
-    if (!in_boxes(pool, bool(values), box_pixels(s, dtype), plan))
-        return by_image(s, pool, dtype, image, weight, bias, output, switches, values, positions,
-                        workspace, exec);
+    const Way way = tap_way<false>(s, dtype, exec, image);
+    const Boxes boxes(s, pool, dtype, bool(values), way, exec);
     const PoolAddresses to = {output, switches, tile_maxima(s, dtype, values, workspace), {}};
-    by_boxes(s, plan, dtype, image, weight, bias, to, workspace, exec);
+    if (!boxes.pay)
+        return one_after_the_other(s, pool, dtype, image, weight, bias, to, values, positions,
+                                   workspace, exec);
+    by_boxes(s, boxes, dtype, image, weight, bias, to, workspace, exec);
     if (!values) return;
     with_dtype(dtype, [&](auto zero) {
         using T = decltype(zero);
         launch(conv2d_relu_max_pool2d_maximum_kernel<T>,
                maps_grid(s.batch, s.out_channels, kMetMaps), dim3(kThreads), 0, exec,
-               to.strongest.as<const Strongest<Sum<T>>>(), plan.tiles(), s.out_channels, values.as<T>(),
-               positions.as<std::int64_t>());
+               to.strongest.as<const Strongest<Sum<T>>>(), boxes.plan.tiles(), s.out_channels,
+               values.as<T>(), positions.as<std::int64_t>());
     });
 }
 
@@ -243,10 +287,10 @@ void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, cons
                                  Dtype dtype, double alpha, double beta, double k, Address image,
                                  Address weight, Address bias, Address pooled, Address output,
                                  Address switches, Address workspace, const Exec& exec) {
-    if (normalizes(s, pool, norm.size, dtype, image, exec)) {
-        PoolPlan plan(pool, false);
+    const Boxes boxes(s, pool, dtype, false, tap_way<false>(s, dtype, exec, image), exec);
+    if (normalizes(s, boxes, norm.size)) {
         const PoolAddresses to = {pooled, switches, {}, output, norm.size, alpha, beta, k};
-        return by_boxes(s, plan, dtype, image, weight, bias, to, workspace, exec);
+        return by_boxes(s, boxes, dtype, image, weight, bias, to, workspace, exec);
     }
     if (!pooled) {
         const auto own = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);

@@ -41,6 +41,7 @@ int architecture(void (*)(Parameters...), const Exec&) {
     return simt::architecture();
 }
 inline int processors(const Exec&) { return simt::processors(); }
+inline int memory_bytes(const Exec&) { return 15 * simt::processors(); }
 
 }  // namespace zfcuda
 
@@ -73,6 +74,7 @@ int architecture(void (*)(Parameters...), const Exec&) {
     return 0;
 }
 inline int processors(const Exec&) { return 1; }
+inline int memory_bytes(const Exec&) { return 1; }
 
 #else
 
@@ -137,14 +139,26 @@ int architecture(void (*kernel)(Parameters...), const Exec& exec) {
     });
 }
 
+inline int attribute(cudaDeviceAttr which, const Exec& exec) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, static_cast<int>(exec.device)),
+          "attributes of the device");
+    return value;
+}
+
 // The device's multiprocessors.
 inline int processors(const Exec& exec) {
+    return known(nullptr, exec, [&] { return attribute(cudaDevAttrMultiProcessorCount, exec); });
+}
+
+// Bytes that its memory, of double data rate, moves in one of their cycles: 1970 of an H100 (SXM),
+// 400 of an RTX 4090; 15 a multiprocessor where the device keeps its clocks to itself.
+inline int memory_bytes(const Exec& exec) {
     return known(nullptr, exec, [&] {
-        int count = 0;
-        check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                                     static_cast<int>(exec.device)),
-              "multiprocessors of the device");
-        return count;
+        const std::int64_t clock = attribute(cudaDevAttrClockRate, exec);
+        const std::int64_t rate = std::int64_t(attribute(cudaDevAttrMemoryClockRate, exec)) *
+                                  attribute(cudaDevAttrGlobalMemoryBusWidth, exec) / 4;
+        return clock > 0 && rate >= clock ? static_cast<int>(rate / clock) : 15 * processors(exec);
     });
 }
 

@@ -105,21 +105,26 @@ struct TapCut {
     std::int64_t cycles;
 };
 
-// The best cut with tiles of this size; `bytes` are those of an element of k, `sum` of a sum.
-inline TapCut tile_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool may_split,
-                       int processors) {
+// The cycles of `tiles` tiles' loops over k, of elements of `bytes` bytes.
+inline std::int64_t loop_cycles(const TapPlan& p, const TileCost& tile, int bytes,
+                                std::int64_t tiles, int splits, int processors) {
     const auto up = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
-    const int rows = p.block_pixels > 0 ? p.block_pixels : tile.rows;
-    const std::int64_t tiles = tap_grid(p, rows, tile.columns).x;
     const std::int64_t taps = up(p.y.kernel, p.y.tap_step) * up(p.x.kernel, p.x.tap_step);
     const std::int64_t turns = p.by_channels ? taps : 1;  // of the loop that no split divides
     const std::int64_t chunks = up(taps / turns * p.channels * bytes, 64);
+    const std::int64_t n = up(tiles * splits, processors);
+    const std::int64_t chunk = std::max(n * tile.work, up(n, tile.resident) * tile.latency);
+    return up(chunks, splits) * turns * chunk * (p.way == Way::tf32x3 ? kTf32x3 : 1);
+}
+
+// The best cut with tiles of this size; `bytes` are those of an element of k, `sum` of a sum.
+inline TapCut tile_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool may_split,
+                       int processors) {
+    const int rows = p.block_pixels > 0 ? p.block_pixels : tile.rows;
+    const std::int64_t tiles = tap_grid(p, rows, tile.columns).x;
     const std::int64_t partial = p.batch * p.result.step_image() * sum * 2 / (kBytes * processors);
-    const int factor = p.way == Way::tf32x3 ? kTf32x3 : 1;
     const auto cycles = [&](int splits) {
-        const std::int64_t n = up(tiles * splits, processors);
-        const std::int64_t chunk = std::max(n * tile.work, up(n, tile.resident) * tile.latency);
-        const std::int64_t loop = up(chunks, splits) * turns * chunk * factor;
+        const std::int64_t loop = loop_cycles(p, tile, bytes, tiles, splits, processors);
         return splits == 1 ? loop : loop + kPass + splits * partial;
     };
     const std::int64_t whole = cycles(1), wave = std::int64_t(tile.resident) * processors;
@@ -132,29 +137,51 @@ inline TapCut tile_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool
     return best;
 }
 
+// The tile that a product has where it has not the wide one of its way; that of a fused pool.
+inline TileCost small_tile(const TapPlan& p, int bytes) {
+    if (p.way == Way::fma)
+        return bytes == 8 ? kDoubleTile : p.padded_columns == 16 ? kNarrowTile : kPlainTile;
+    if (p.run != 0) return p.padded_columns % 96 == 0 ? kMergedMmaTile : kMediumMmaTile;
+    return p.padded_columns == 16 ? kNarrowMmaTile : kMediumMmaTile;
+}
+
+// Bytes of an element of k: by FMA halves are widened.
+inline int factor_bytes(const TapPlan& p, int bytes) {
+    return p.way == Way::fma && bytes < 4 ? 4 : bytes;
+}
+
 // The best cut of a product of elements of `bytes` bytes; `square`: whether it may have the tile of
 // that name.
 inline TapCut tap_cut(const TapPlan& p, int bytes, bool square, bool may_split, int processors) {
-    const bool fma = p.way == Way::fma;
     const auto with = [&](const TileCost& tile) {
-        const int sum = bytes < 4 ? 4 : bytes;
-        return tile_cut(p, tile, fma ? sum : bytes, sum, may_split, processors);
+        return tile_cut(p, tile, factor_bytes(p, bytes), bytes < 4 ? 4 : bytes, may_split,
+                        processors);
     };
     const auto cheaper = [&](const TileCost& large, const TileCost& small) {
         const TapCut one = with(large), other = with(small);
         return one.cycles <= other.cycles ? one : other;
     };
-    const bool wide = p.padded_columns % 128 == 0;  // no columns that are padding alone
-    if (fma) {
-        if (bytes == 8) return with(kDoubleTile);
-        if (p.padded_columns == 16) return with(kNarrowTile);
-        return square && wide ? cheaper(kSquareTile, kPlainTile) : with(kPlainTile);
-    }
-    if (p.run != 0) return with(p.padded_columns % 96 == 0 ? kMergedMmaTile : kMediumMmaTile);
-    if (p.padded_columns == 16) return with(kNarrowMmaTile);
+    const TileCost small = small_tile(p, bytes);
+    const bool even = p.padded_columns % 128 == 0;  // no columns that are padding alone
+    if (p.way == Way::fma) return square && even ? cheaper(kSquareTile, small) : with(small);
     // Split factors would spill in the larger one.
-    return wide && p.way != Way::tf32x3 ? cheaper(kWideMmaTile, kMediumMmaTile)
-                                        : with(kMediumMmaTile);
+    return even && p.run == 0 && p.way != Way::tf32x3 ? cheaper(kWideMmaTile, small) : with(small);
+}
+
+// What the choice looks at.
+template <bool kTransposed>
+TapPlan choice_plan(const ConvShape& s, Dtype dtype, Way way) {
+    const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
+    if (way == Way::fma) return p;
+    return MmaPlan<kTransposed>(p, static_cast<int>(element_bytes(dtype))).tap;
+}
+
+// Cycles of a convolution by itself.
+inline std::int64_t conv2d_cycles(const ConvShape& s, Dtype dtype, Way way, const Exec& exec) {
+    const bool square = dtype == Dtype::float32 && four_channels(s.image(), dtype);
+    return tap_cut(choice_plan<false>(s, dtype, way), static_cast<int>(element_bytes(dtype)),
+                   square, true, processors(exec))
+        .cycles;
 }
 
 // Where the partial sums stand in a workspace: behind the packed weights.
@@ -168,10 +195,9 @@ template <bool kTransposed>
 std::int64_t tap_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t splits = 0;  // of which partial sums are kept
     const auto cut = [&](Way way, bool square) {
-        const int bytes = static_cast<int>(element_bytes(dtype));
-        const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
-        const TapCut cut = tap_cut(way == Way::fma ? p : MmaPlan<kTransposed>(p, bytes).tap, bytes,
-                                   square, true, processors(exec));
+        const TapCut cut = tap_cut(choice_plan<kTransposed>(s, dtype, way),
+                                   static_cast<int>(element_bytes(dtype)), square, true,
+                                   processors(exec));
         if (cut.splits > 1) splits = std::max<std::int64_t>(splits, cut.splits);
     };
     cut(Way::fma, false);

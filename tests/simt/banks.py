@@ -133,7 +133,8 @@ EXPLAINED = [
     Explained(
         "pack_weights_kernel", "store_packed(p, packed, (group", 2, "halves, once a call: an odd pitch of words of two"
     ),
-    Explained("tap_gemm_kernel", "targets[Tile::row(", 2, _EPILOGUE),
+    Explained("tap_gemm_kernel", "targets[Tile::row(", 4, f"{_EPILOGUE}: lanes own rows four apart"),
+    Explained("tap_gemm_kernel", "if (target.offset >= 0 && target.y + y <", 4, f"{_EPILOGUE}, phases as columns"),
     Explained(".*", "static_cast<unsigned>(pixel.x + tap.x) < breadth", 3, _DIVERGENT),
     Explained(".*", "return source.template load", 3, _DIVERGENT),
     Explained("tap_gemm_kernel", "+ vector_at.", 3, _DIVERGENT),

@@ -83,6 +83,7 @@ class Launch:
     flops: float  # the useful ones
     dynamic: int = field(default=0)  # shared memory of a block
     read: float = field(default=1.0)  # the part of its rows' factors that a block reads, the rest being the same again
+    then: float = field(default=0.0)  # bytes of a second kernel
 
 
 @dataclass(frozen=True)
@@ -113,29 +114,30 @@ class Layer:
 
     def up(self) -> Iterator[Launch]:
         conv, factors, rows = self.conv, self.mode.factors, BATCH * self.conv.out_size**2
-        pools = [pool for other, pool in POOLED if other == conv]
+        pool = POOLED.get(conv)
         vector, wide = (1, "128, 64") if self.few else (4, "128, 128")
+        more: dict[str, float] = {}
+        depth = self.depth
         if not factors:
-            product = [(rows, self.depth)]
-            yield self.launch("forward", rf"tap_gemm_kernel<float, Tile<float, {wide},.*false, true, {vector}, Tensor",
-                              product, conv.maps)  # fmt: skip
+            forward = rf"tap_gemm_kernel<float, Tile<float, {wide},.*false, true, {vector}, Tensor"
             fused = rf"conv2d_relu_max_pool2d_kernel<float, Tile<float, 128, 64,.*true, {vector}>"
-            more, depth = {}, self.depth
         elif self.few:
             more, depth = {"dynamic": 27_000, "read": 0.1}, self.merged
-            yield self.launch("forward", f"patch_mma_kernel<{factors}, MmaTile<128, 96,", [(rows, depth)], conv.maps,
-                              **more)  # fmt: skip
+            forward = f"patch_mma_kernel<{factors}, MmaTile<128, 96,"
             fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 96,.*ByPatch"
         else:
-            more, depth = {"dynamic": 80_160, "read": 2.2 * conv.stride**2 / conv.kernel**2}, self.depth
-            yield self.launch("forward", f"halo_mma_kernel<{factors}, MmaTile<128, 128,.*false, Tensor",
-                              [(rows, depth)], conv.maps, **more)  # fmt: skip
+            more = {"dynamic": 80_160, "read": 2.2 * conv.stride**2 / conv.kernel**2}
+            forward = f"halo_mma_kernel<{factors}, MmaTile<128, 128,.*false, Tensor"
             fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 64,.*ByHalo"
-        for pool in pools:
-            pooled = BATCH * conv.maps * pool.pooled_size**2
-            least = self.mode.size * (conv.inputs(BATCH) + conv.weights + pooled) + pooled
-            rows = 128 * BATCH * _boxes(pool.pooled_size)
-            yield self.launch("forward with pool", fused, [(rows, depth)], conv.maps, least=least, **more)
+        yield self.launch("forward", forward, [(rows, depth)], conv.maps, **more)
+        if pool is None:
+            return
+        pooled = BATCH * conv.maps * pool.pooled_size**2
+        more["least"] = self.mode.size * (conv.inputs(BATCH) + conv.weights + pooled) + pooled
+        boxed = 128 * BATCH * _boxes(pool.pooled_size)
+        yield self.launch("forward with pool, in boxes", fused, [(boxed, depth)], conv.maps, **more)
+        then = self.mode.size * (BATCH * conv.maps * conv.out_size**2 + pooled) + pooled
+        yield self.launch("forward, then its pool", forward, [(rows, depth)], conv.maps, then=then, **more)
 
     def down(self) -> Iterator[Launch]:
         conv, factors = self.conv, self.mode.factors
@@ -222,7 +224,7 @@ def microseconds(launch: Launch, gpu: Gpu, kernel: Kernel) -> float:
     else:
         waves = math.ceil(blocks / (gpu.processors * resident))
     compute = waves * resident * cycles / blocks / (gpu.clock * 1000)
-    return max(compute, launch.least / gpu.memory / 1e6)
+    return max(compute, launch.least / gpu.memory / 1e6) + launch.then / gpu.memory / 1e6
 
 
 def table(kernels: list[Kernel], mode: Mode) -> str:
@@ -258,6 +260,9 @@ def page(kernels: list[Kernel]) -> str:
   whichever takes longest; or the bytes. No latency, no epilogue, nothing of what gathers: a GPU will take longer. On
   Hopper `mma.sync` reaches less than two thirds of the peak.
 - What only moves data (pools, unpooling, normalisation, ReLU) is bound by its bytes: its floor is its model.
+- A layer with its pool runs in boxes, which compute some pixels twice but write no maps, or one after the other. The library
+  takes what its own estimate (`csrc/cuda/tap_choice.cuh`) finds cheaper: here boxes for conv1, in every mode, and the
+  other for conv2 and conv5.
 
 {tables}
 """

@@ -1,4 +1,4 @@
-"""Whole networks forward, and a training step: ZFNet as it comes, torchvision's by ``zfcuda.optimize``."""
+"""Whole networks forward, and a training step, after ``zfcuda.optimize``."""
 
 from __future__ import annotations
 
@@ -115,12 +115,8 @@ def run(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def forward(name: str, batch: int, setting: Setting, mode: Mode) -> Built:
-    if name == "zfnet":
-        fast: nn.Module = zfnet()
-        plain: nn.Module = torch_twin(zfnet())
-    else:
-        plain = network(name)
-        fast = zfcuda.optimize(copy.deepcopy(plain))
+    plain = network(name)
+    fast = zfcuda.optimize(zfnet() if name == "zfnet" else copy.deepcopy(plain))
     images = setting.normal(batch, 3, 224, 224)
     return Built(
         [
@@ -156,7 +152,8 @@ class Step:
 
 def training(setting: Setting, mode: Mode) -> Built:
     images = setting.normal(setting.batch, 3, 224, 224)
-    fast, plain = zfnet(), torch_twin(zfnet())  # for evaluation: no dropout, whose draw would differ
+    # For evaluation: no dropout, whose draw would differ.
+    fast, plain = zfcuda.optimize(zfnet()), torch_twin(zfnet())
 
     def step(contenders: list[Any]) -> list[Any]:
         for contender in contenders:

@@ -47,7 +47,7 @@ def cases(setting: Setting, modes: list[Mode]) -> Iterator[Case]:
             case = partial(Case, "operators", mode=mode, quick=conv is CONVOLUTIONS[0])
             flops, tensors = conv.flops(batch), size * conv.elements(batch)
             yield case(f"deconv2d {conv.name}", build=partial(deconv, conv), flops=flops, bytes=tensors)
-        for conv, layer in POOLED:
+        for conv, layer in POOLED.items():
             case = partial(Case, "operators", mode=mode, quick=conv is CONVOLUTIONS[0])
             pooled = batch * layer.channels * layer.pooled_size**2
             least = size * (pooled + conv.weights + conv.inputs(batch)) + pooled

@@ -80,5 +80,6 @@ GROUPED = (
 )
 POOLS = (Map("pool1", 96, 110), Map("pool2", 256, 26), Map("pool5", 256, 13))
 NORMS = (Map("norm1", 96, 55), Map("norm2", 256, 13))
-#: The convolutions that a pool follows, with its input.
-POOLED = tuple((conv, pool) for conv in CONVOLUTIONS for pool in POOLS if conv.name[4:] == pool.name[4:])
+#: The convolutions that a pool follows, with its input; and those with a normalisation behind that.
+POOLED = {conv: pool for conv in CONVOLUTIONS for pool in POOLS if conv.name[4:] == pool.name[4:]}
+NORMED = [conv for conv in CONVOLUTIONS for norm in NORMS if conv.name[4:] == norm.name[4:]]

@@ -1,4 +1,4 @@
-"""Convolutions of a forward() that take the ReLU, and perhaps the max-pool, behind them."""
+"""Convolutions of a forward() that take the ReLU, and perhaps max-pool and normalisation, behind them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from torch import fx
 
 from zfcuda import nn, ops
 from zfcuda.deconv.recording import function_name, is_inplace
-from zfcuda.rewrite.layers import function_counterpart, is_relu, max_pool, module_of, objection
+from zfcuda.rewrite.layers import (
+    function_counterpart,
+    is_relu,
+    local_response_norm,
+    max_pool,
+    module_of,
+    objection,
+)
 from zfcuda.rewrite.report import Left, Replaced, public_name
 
 __all__ = ["fuse"]
@@ -21,8 +28,8 @@ def fuse(root: torch.nn.Module, graph: fx.Graph) -> list[Replaced | Left]:
     entries: list[Replaced | Left] = []
     for call in list(graph.nodes):
         conv = module_of(root, call)
-        if isinstance(conv, torch.nn.Conv2d) and type(conv).__module__ != nn.__name__:
-            entries.append(_convolution(root, graph, call, conv))
+        if isinstance(conv, torch.nn.Conv2d):
+            entries += _convolution(root, graph, call, conv)
     for call in list(graph.nodes):
         function = function_counterpart(root, call)
         if function is not None:
@@ -32,22 +39,27 @@ def fuse(root: torch.nn.Module, graph: fx.Graph) -> list[Replaced | Left]:
     return entries
 
 
-def _convolution(root: torch.nn.Module, graph: fx.Graph, call: fx.Node, conv: Any) -> Replaced | Left:
-    reason = objection(conv, torch.nn.Conv2d)
-    behind = _behind(root, call) if reason is None else reason
-    if isinstance(behind, str):
-        return Left(str(call.target), type(conv).__name__, behind)
-    pool = max_pool(root, behind[-1])
-    function, result = _fused(graph, call, conv, pool)
-    for node in (call, *behind):
+def _convolution(root: torch.nn.Module, graph: fx.Graph, call: fx.Node, conv: Any) -> list[Replaced | Left]:
+    """What became of a convolution. One of ours, which has its ReLU, needs no mention where no pool follows."""
+    ours = type(conv).__module__ == nn.__name__
+    reason = objection(conv, nn.ConvReLU2d if ours else torch.nn.Conv2d)
+    found = reason or (None if ours else _relu_behind(root, call))
+    if isinstance(found, str):
+        return [] if ours else [Left(str(call.target), type(conv).__name__, found)]
+    joined = [found] if found else []
+    pool, norm = _layers_behind(root, call, joined)
+    if ours and pool is None:
+        return []
+    function, result = _fused(graph, call, conv, pool, norm)
+    for node in (call, *joined):
         node.replace_all_uses_with(result)
-    for node in (*reversed(behind), call):
+    for node in (*reversed(joined), call):
         graph.erase_node(node)
-    return Replaced(str(call.target), type(conv).__name__, public_name(function), tuple(map(_name, behind)))
+    return [Replaced(str(call.target), type(conv).__name__, public_name(function), tuple(map(_name, joined)))]
 
 
-def _behind(root: torch.nn.Module, conv: fx.Node) -> list[fx.Node] | str:
-    """The ReLU, and perhaps the pool, that alone see the result of a convolution; or why there is none."""
+def _relu_behind(root: torch.nn.Module, conv: fx.Node) -> fx.Node | str:
+    """The ReLU that alone sees the result of a convolution; or why there is none."""
     order = {node: i for i, node in enumerate(conv.graph.nodes)}
     users = sorted(conv.users, key=order.__getitem__)
     if not users:
@@ -59,9 +71,26 @@ def _behind(root: torch.nn.Module, conv: fx.Node) -> list[fx.Node] | str:
     if len(users) > 1 and not (relu is users[0] and is_inplace(relu, root)):
         other = next(user for user in users if user is not relu)
         return f"{_what(root, other)} uses its output before the ReLU"
-    after = {*relu.users, *users} - {relu}
-    pools = [node for node in after if len(after) == 1 and max_pool(root, node) is not None]
-    return [relu, *pools]
+    return relu
+
+
+def _layers_behind(root: torch.nn.Module, conv: fx.Node, joined: list[fx.Node]) -> tuple[Any, Any]:
+    """The pool that alone sees the rectified maps, and the normalisation that alone sees the pool's, or None.
+
+    ``joined`` has the ReLU, if it is a call by itself, and gets theirs.
+    """
+    layers: list[Any] = [None, None]
+    users = {user for node in (conv, *joined) for user in node.users} - {*joined}
+    for i, layer in enumerate((max_pool, local_response_norm)):
+        if len(users) != 1:
+            break
+        (node,) = users
+        layers[i] = layer(root, node)
+        if layers[i] is None:
+            break
+        joined.append(node)
+        users = {*node.users}
+    return layers[0], layers[1]
 
 
 def _what(root: torch.nn.Module, call: fx.Node) -> str:
@@ -79,20 +108,26 @@ def _name(call: fx.Node) -> str:
     return str(call.target) if call.op == "call_module" else f"{function_name(call)}()"
 
 
-def _fused(graph: fx.Graph, call: fx.Node, conv: Any, pool: Any) -> tuple[Any, fx.Node]:
+def _fused(graph: fx.Graph, call: fx.Node, conv: Any, pool: Any, norm: Any) -> tuple[Any, fx.Node]:
     """The function that does it all, and its result in the place of the convolution's.
 
     The parameters are read from the module each time.
     """
-    slide: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
+    options = _arguments(conv, "", "stride", "padding", "dilation", "groups")
+    function: Any = ops.conv2d_relu
     if pool is not None:
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        slide.update({f"pool_{name}": getattr(pool, name) for name in names})
+        function = ops.conv2d_relu_max_pool2d
+        options |= _arguments(pool, "pool_", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    if norm is not None:
+        function = ops.conv2d_relu_max_pool2d_norm
+        options |= _arguments(norm, "norm_", "size", "alpha", "beta", "k")
     with graph.inserting_before(call):
         (input,) = call.all_input_nodes
         weight = graph.get_attr(f"{call.target}.weight")
         bias = None if conv.bias is None else graph.get_attr(f"{call.target}.bias")
-        if pool is None:
-            return ops.conv2d_relu, graph.call_function(ops.conv2d_relu, (input, weight, bias), slide)
-        pair = graph.call_function(ops.conv2d_relu_max_pool2d, (input, weight, bias), slide)
-        return ops.conv2d_relu_max_pool2d, graph.call_function(operator.getitem, (pair, 0))
+        result = graph.call_function(function, (input, weight, bias), options)
+        return function, result if pool is None else graph.call_function(operator.getitem, (result, 0))
+
+
+def _arguments(module: Any, prefix: str, *names: str) -> dict[str, Any]:
+    return {prefix + name: getattr(module, name) for name in names}

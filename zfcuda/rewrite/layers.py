@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +14,30 @@ from zfcuda import core, nn, ops
 from zfcuda.deconv.kinds import FUNCTIONS
 from zfcuda.ops._common import MAX_WINDOW, pair
 
-__all__ = ["counterpart", "function_counterpart", "is_relu", "max_pool", "module_of", "objection"]
+__all__ = [
+    "counterpart",
+    "function_counterpart",
+    "is_relu",
+    "local_response_norm",
+    "max_pool",
+    "module_of",
+    "objection",
+]
 
 _T = torch.nn
 RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 MAX_POOLS = (F.max_pool2d, torch.max_pool2d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+LOCAL_RESPONSE_NORMS = (F.local_response_norm, ops.local_response_norm)
+
 #: Modules that have a counterpart by themselves.
 ALONE: dict[type, type] = {_T.MaxPool2d: nn.FastestMaxPool2d, _T.LocalResponseNorm: nn.LocalResponseNorm}
+#: Those that do exactly what a module of torch does.
+SAME: dict[type, tuple[type, ...]] = {
+    _T.MaxPool2d: (_T.MaxPool2d, nn.MaxPool2d, nn.FastestMaxPool2d),
+    _T.LocalResponseNorm: (_T.LocalResponseNorm, nn.LocalResponseNorm),
+}
 
 
 def module_of(root: torch.nn.Module, call: fx.Node) -> Any:
@@ -33,7 +49,7 @@ def objection(module: Any, kind: type) -> str | None:
     """Why a module that is a ``kind`` must stay as it is; None if it may be replaced."""
     if is_parametrized(module):
         return "its parameters are parametrised"
-    if type(module) not in (kind, ALONE.get(kind)) or "forward" in vars(module):
+    if type(module) not in SAME.get(kind, (kind,)) or "forward" in vars(module):
         return f"it is derived from {kind.__name__}, and may do something else"
     if any(getattr(module, name) for name in HOOKS):
         return "it has hooks"
@@ -60,6 +76,8 @@ def _conv_objection(conv: Any) -> str | None:
 def _pool_objection(pool: Any) -> str | None:
     if pool.return_indices:
         return "it returns indices"
+    if getattr(pool, "return_switches", False):
+        return "it returns switches"
     height, width = pair("kernel_size", pool.kernel_size)
     return f"its window has more than {MAX_WINDOW} positions" if height * width > MAX_WINDOW else None
 
@@ -74,10 +92,19 @@ def is_relu(root: torch.nn.Module, call: fx.Node) -> bool:
 
 def max_pool(root: torch.nn.Module, call: fx.Node) -> Any:
     """The ``MaxPool2d`` that a call is, or does the work of; None if it is none, or must stay as it is."""
+    return _module(root, call, _T.MaxPool2d, MAX_POOLS, "max_pool2d")
+
+
+def local_response_norm(root: torch.nn.Module, call: fx.Node) -> Any:
+    """The ``LocalResponseNorm`` that a call is, or does the work of; None as of :func:`max_pool`."""
+    return _module(root, call, _T.LocalResponseNorm, LOCAL_RESPONSE_NORMS, "local_response_norm")
+
+
+def _module(root: torch.nn.Module, call: fx.Node, kind: type, functions: Sequence[Any], name: str) -> Any:
     module = module_of(root, call)
-    if module is None and call.op == "call_function" and call.target in MAX_POOLS:
-        module = _as_module(call, "max_pool2d")
-    return module if isinstance(module, _T.MaxPool2d) and objection(module, _T.MaxPool2d) is None else None
+    if module is None and call.op == "call_function" and call.target in functions:
+        module = _as_module(call, name)
+    return module if isinstance(module, kind) and objection(module, kind) is None else None
 
 
 def _as_module(call: fx.Node, function: str) -> Any:

@@ -24,10 +24,12 @@ def optimize(model: Model) -> Model:
 
     In the forward() of every module, by `torch.fx`:
 
-    - a ``Conv2d`` with the ReLU behind it, and with the ``MaxPool2d`` behind that, becomes one call of
-      :func:`zfcuda.ops.conv2d_relu` or :func:`zfcuda.ops.conv2d_relu_max_pool2d`, where nothing else sees what is
-      between them, and however ReLU and pool are written: as modules, functions or methods, in place or not; with
-      groups of 2 to 8 channels, too, but not of others, which torch convolves faster;
+    - a ``Conv2d`` with the ReLU behind it, with the ``MaxPool2d`` behind that, and with the ``LocalResponseNorm`` behind
+      the pool, becomes one call of :func:`zfcuda.ops.conv2d_relu`, :func:`zfcuda.ops.conv2d_relu_max_pool2d` or
+      :func:`zfcuda.ops.conv2d_relu_max_pool2d_norm`, where nothing else sees what is between them, and however they
+      are written: as modules, functions or methods, in place or not; with groups of 2 to 8 channels, too, but not of
+      others, which torch convolves faster;
+    - so does a :class:`zfcuda.nn.ConvReLU2d`, which has its ReLU, with the pool and the normalisation behind it;
     - local response normalisation becomes :func:`zfcuda.ops.local_response_norm`;
     - other max-pools become :func:`zfcuda.nn.fastest_max_pool2d`, which is ours where it is the faster one.
 
