@@ -100,7 +100,8 @@ void conv2d_relu_max_pool2d(const ConvShape& shape, const PoolShape& pool, Dtype
                             Address switches, Address values, Address positions, Address workspace,
                             const Exec& exec);
 
-// local_response_norm of that pool, `norm` of its shape; `pooled`, perhaps null, gets the pool itself.
+// local_response_norm of that pool, `norm` of its shape; `pooled`, perhaps null, gets the pool
+// itself.
 std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& shape, const PoolShape& pool,
                                                    Dtype dtype, bool pooled, const Exec& exec);
 void conv2d_relu_max_pool2d_norm(const ConvShape& shape, const PoolShape& pool,

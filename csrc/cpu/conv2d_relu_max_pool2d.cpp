@@ -280,8 +280,7 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
 std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, bool pooled, const Exec& exec) {
     const std::int64_t bytes = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
-    return pooled ? bytes
-                  : gemm::round_up(bytes, kLine) + pool.outputs() * element_bytes(dtype);
+    return pooled ? bytes : gemm::round_up(bytes, kLine) + pool.outputs() * element_bytes(dtype);
 }
 
 // In two passes: the second one waits for its square roots, not for memory.

@@ -5,8 +5,15 @@
 //                       weight[o,i,ky,kx] * image[n,i, y*stride - padding + ky*dilation, ...]
 //
 // The kernels, blocks of windows with the box of the maps that they read: pool_product.cuh.
-// The tile is the one with the fewest blocks. A window that is larger than kM pixels fits no block:
-// then the maps of one image at a time go through the workspace, behind what its convolution needs.
+// The tile is the one with the fewest blocks.
+//
+// Boxes overlap by what windows share, and leave rows of the tile empty: ZFNet's conv2, of 26 x 26
+// pixels, takes 9 boxes, 1152 rows for 676, and its 256 maps the smaller tile, whose maps fit
+// beside each other. Where that costs more than to write the maps and read them again, by the
+// estimate of tap_choice.cuh, the convolution runs by itself, in its larger tile or in splits, and
+// the pool after it. Conv1, few products to large maps, runs in boxes whatever the mode; conv2 and
+// conv5 do not (docs/model.md, an A100 in tf32: conv1 412 us in boxes, 748 otherwise; conv2 1198
+// and 823). So do windows of more than kM pixels, which fit no block.
 //
 // Where the maxima of the maps are asked for, each block leaves those of its tile in the workspace,
 // and a small kernel lets the tiles of a map meet: a value and a position for every 25 windows and
@@ -14,7 +21,7 @@
 // no room for a double beside its position, and needs a kernel before this one that fills it and
 // one after it that takes it apart. Pixels that no window covers belong to the map, too: blocks go
 // on behind the last windows where there are such. Windows with gaps would leave some to no block
-// at all: then, too, the maps of one image at a time.
+// at all: then, too, one after the other.
 //
 // Where a normalisation across channels follows, blocks that have all of them do it at once: a warp
 // has the windows of whole pixels in registers, and a lane meets its neighbours by shuffles. So a
@@ -84,27 +91,26 @@ struct MmaBoxes {
     }
 };
 
-// The kernels with boxes, for all that is asked: `exist` if windows fit them, `pay` if they take
-// less time, within an eighth, than the convolution, its maps in memory, and their pool: those
-// compute pixels twice where boxes overlap and fill them up, but write no maps, for which they need
-// no memory either.
+// The kernels with boxes, for all that is asked: they `pay` if windows fit them and they take less
+// time, within an eighth (for they need no memory for the maps), than one after the other.
 struct Boxes {
     PoolPlan plan;
     Way way;
     MmaBoxes mma;
-    bool exist, pay = false;
+    bool pay = false;
 
-    // `asked` is the way of the convolution by itself.
-    Boxes(const ConvShape& s, const PoolShape& pool, Dtype dtype, bool maximum, Way asked,
+    // `given` is the way of the convolution by itself, whose sums are the same.
+    Boxes(const ConvShape& s, const PoolShape& pool, Dtype dtype, bool maximum, Way given,
           const Exec& exec)
-        : plan(pool, maximum), way(asked), mma(s, dtype, asked) {
-        exist = !(maximum && pool.gaps()) && plan.choose(box_pixels(s, dtype));
-        if (!exist) return;
-        if (way != Way::fma && !mma.choose(plan)) way = Way::fma;
+        : plan(pool, maximum), way(given), mma(s, dtype, given) {
+        const bool by_fma = way == Way::fma;
+        if ((maximum && pool.gaps()) ||
+            !(by_fma ? plan.choose(box_pixels(s, dtype)) : mma.choose(plan)))
+            return;
         const std::int64_t bytes = element_bytes(dtype), maps = s.batch * s.maps().step_image();
         const std::int64_t memory = 2 * maps * bytes / memory_bytes(exec);  // written, and read
-        pay = cycles(s, dtype, exec) * 8 <=
-              (conv2d_cycles(s, dtype, asked, exec) + kPass + memory) * 9;
+        pay =
+            cycles(s, dtype, exec) * 8 <= (conv2d_cycles(s, dtype, way, exec) + kPass + memory) * 9;
     }
 
     std::int64_t cycles(const ConvShape& s, Dtype dtype, const Exec& exec) const {
@@ -242,14 +248,13 @@ bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
                                               Dtype dtype, bool maximum, const Exec& exec) {
     std::int64_t bytes = 0;
-    for (const Way asked : {Way::fma, tap_way<false>(s, dtype, exec)}) {
-        const Boxes boxes(s, pool, dtype, maximum, asked, exec);
+    for (const Way way : {Way::fma, tap_way<false>(s, dtype, exec)}) {
+        const Boxes boxes(s, pool, dtype, maximum, way, exec);
         const std::int64_t tiles = maximum ? s.batch * boxes.plan.tiles() * s.out_channels : 0;
         const std::int64_t maps = images_at_a_time(s, exec) * s.maps().step_image();
-        bytes = std::max(bytes, boxes.pay ? packed_weights<false>(s, dtype) + 15 +
-                                                tiles * 2 * sum_bytes(dtype)
-                                          : convolution_workspace(s, dtype, exec) +
-                                                maps * element_bytes(dtype));
+        bytes = std::max(
+            bytes, boxes.pay ? packed_weights<false>(s, dtype) + 15 + tiles * 2 * sum_bytes(dtype)
+                             : convolution_workspace(s, dtype, exec) + maps * element_bytes(dtype));
     }
     return bytes;
 }

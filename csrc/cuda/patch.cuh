@@ -11,7 +11,8 @@ struct PatchPlan {
     int tall;                 // rows from a strip of an image to the next one
     int second;               // words from a copy of the patch to the other, or 0
     bool interleaved;         // the pixels of a matrix's rows, see patch_pixel
-    std::int64_t bytes;       // of both copies
+    int words;                // of all runs one after the other, filled up to whole chunks
+    std::int64_t bytes;       // of both copies and the table of these words
 };
 
 // How often the banks must serve the words of a fragment whose rows are pixels `apart` elements
@@ -37,15 +38,19 @@ inline PatchPlan patch_plan(const TapPlan& p, int bytes, std::int64_t lines, std
     const std::int64_t span = std::int64_t(p.y.kernel - 1) * p.y.dilation + 1;
     const std::int64_t more = span > p.y.stride ? span - p.y.stride : 0;
     const std::int64_t rows = (lines - 1) * p.y.stride + span + strips * more;
-    // The last run is read to the end of its last piece, which may be a half further on.
-    const std::int64_t last = (width - 1) * step, pitch = (last + p.channels + 1 + 3) / 4 * 4;
-    const std::int64_t words = rows * pitch * bytes / 4;
-    h.rows = static_cast<int>(rows), h.pitch = static_cast<int>(pitch);
+    // The last run is read to the end of its last word, which may be a half further on. Where a
+    // piece goes on in the next row, its words lie in the banks that they would have in this one.
+    const std::int64_t last = (width - 1) * step, per_word = 4 / bytes;
+    const std::int64_t least = (last + p.channels + 1 + per_word - 1) / per_word;
+    const std::int64_t pitch = least + ((p.channels / per_word - least) % 4 + 4) % 4;  // words
+    const std::int64_t words = rows * pitch;
+    h.rows = static_cast<int>(rows), h.pitch = static_cast<int>(pitch * per_word);
     h.length = static_cast<int>(last) + p.run;
+    h.words = static_cast<int>((p.y.kernel * p.channels / per_word + 15) / 16 * 16);
     h.tall = static_cast<int>((p.y.size - std::int64_t(1)) * p.y.stride + span);
     const std::int64_t second = bytes == 2 && step % 2 != 0 ? (words + 15) / 32 * 32 + 16 : 0;
     h.second = static_cast<int>(second);
-    h.bytes = 4 * (second + words);
+    h.bytes = 4 * (second + words) + 8 * h.words;
     h.interleaved = patch_passes(2 * step, bytes) < patch_passes(step, bytes);
     return h;
 }

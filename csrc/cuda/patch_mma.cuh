@@ -13,22 +13,33 @@
 //
 // A run begins at any element, where ldmatrix reads only whole pieces: so a lane loads its words of
 // a fragment by themselves, from the addresses of two pixels of its own and an offset that is the
-// same for all. Nothing is copied twice: 128 pixels of ZFNet's conv1 read 9 KiB of the image, and
-// not the 90 KiB of all their runs. Loads of a warp: eight pixels by four neighbours; where pixels
-// are 6 or so words apart they would meet in the banks, so there the eight rows of a matrix are
-// every other pixel, and the next matrix has those between. Halves come in pairs: if a run can
+// same for all pixels. Nothing is copied twice: 128 pixels of ZFNet's conv1 read 9 KiB of the
+// image, and not the 90 KiB of all their runs. Loads of a warp: eight pixels by four words; where
+// pixels are 6 or so words apart they would meet in the banks, so there the eight rows of a matrix
+// are every other pixel, and the next matrix has those between. Halves come in pairs: if a run can
 // begin at an odd one, there is a second copy of the patch, one half further on, in the other
 // sixteen banks.
-// The last piece of a run reaches over its end, into the next pixel, which may hold NaN: masked.
 //
-// Work: conv1 of ZFNet has 7 runs of 21, filled up to 24: 147 of 168 products are useful, and its
-// 96 maps fill a tile of 128 x 96, four warps of 64 x 48. Bytes from L2 of a block: 9 KiB of image
-// and 66 KiB of weights, in tf32, of which a multiprocessor's first-level cache keeps what it can
-// (they are the same for all its blocks): cp.async goes through it here. Shared memory: 27 KiB.
+// The runs follow each other without a gap, as k: a table has the offset of each word of them, and
+// what of it belongs to a run, for a word of halves may reach into the next pixel, which may hold
+// NaN, and the last piece is filled up. Four loads of 8 bytes a chunk, from four places a warp.
+//
+//   piece of k   | 16 17 18 19 | 20  0  1  2 |  3 …       the pitch of the patch keeps words that
+//   row of taps  |      0      |  0  1  1  1 |  1         follow each other in k in other banks
+//
+// Work: conv1 of ZFNet is 147 products of 160, ten chunks in tf32 and five in halves; VGG's 3 x 3
+// is 27 of 32, two and one. Its 96 maps fill a tile of 128 x 96, four warps of 64 x 48. Bytes from
+// L2 of a block: 9 KiB of image and 57 KiB of weights, in tf32, of which a multiprocessor's
+// first-level cache keeps what it can (they are the same for all its blocks): cp.async goes through
+// it here. Shared memory: 29 KiB.
 //
 // Tried: copies of four bytes of each run (16 LDGSTS a thread and chunk of 48 HMMA, 157 KiB a
-// block). Rejected on paper: weights that stay in shared memory while a block goes on from tile to
-// tile: 66 KiB of them leave one block an SM and nobody to multiply while it pools.
+// block). Then runs filled up to whole pieces each, whose offsets a few additions give: 168
+// products in eleven chunks, six in halves; for VGG 36 in three, 48 in two. Rejected on paper:
+// weights that stay in shared memory while a block goes on from tile to tile: 57 KiB of them leave
+// one block an SM and nobody to multiply while it pools; and of the 192 cycles that an A100
+// multiplies for eight products of k, loads and stores of shared memory take 112 with resident
+// weights, 160 without.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -37,18 +48,41 @@
 
 namespace zfcuda {
 
-// Shared memory: the stages of the weights, and the patch.
+// A word of the runs: where it is from a pixel's first one, and the bits that belong to them.
+struct alignas(8) RunWord {
+    int offset;
+    std::uint32_t mask;
+};
+
+// Shared memory: the stages of the weights, the table of words, and the patch.
 template <typename Tile>
 struct PatchShared {
     static constexpr int kStage = Tile::kN * Tile::kPieces;
     static constexpr int kStages = Tile::kStages * kStage * int(sizeof(Piece));
     Piece* stages;
+    RunWord* table;
     std::uint32_t* patch;
 
-    __device__ explicit PatchShared(Piece* shared)
-        : stages(shared), patch(reinterpret_cast<std::uint32_t*>(shared + kStages / 16)) {}
+    __device__ PatchShared(Piece* shared, const PatchPlan& h)
+        : stages(shared),
+          table(reinterpret_cast<RunWord*>(shared + kStages / 16)),
+          patch(reinterpret_cast<std::uint32_t*>(table + h.words)) {}
     static std::size_t bytes(const PatchPlan& h) { return kStages + h.bytes; }
 };
+
+// Fills the table.
+template <typename T, int kThreads>
+__device__ __forceinline__ void list_words(const TapPlan& p, const PatchPlan& h, RunWord* table) {
+    constexpr int kWord = 4 / int(sizeof(T));
+    const int run = p.channels / kWord, pitch = h.pitch / kWord;
+    for (int word = threadIdx.x; word < h.words; word += kThreads) {
+        const int row = word / run, element = (word - row * run) * kWord;
+        RunWord one = {row * p.y.dilation * pitch + element / kWord, ~0u};
+        if (element + kWord > p.run) one.mask = 0xffffu;
+        if (row >= p.y.kernel) one = {0, 0u};
+        table[word] = one;
+    }
+}
 
 // Fills the patch: a warp a row, lanes along its elements.
 template <typename T, int kThreads, typename RowOf>
@@ -91,7 +125,7 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
 
     const int piece = threadIdx.x % kPieces, first = threadIdx.x / kPieces;
     const int stage_slot = kept(Tile::template slot<kN>(piece, first));
-    const int run_pieces = p.channels / kElements, pieces = p.y.kernel * run_pieces;
+    const int pieces = (p.y.kernel * p.channels + kElements - 1) / kElements;
     const ChunkRange range = chunk_range((pieces + kPieces - 1) / kPieces);
     const int chunks = range.count, begin = range.first * kPieces;  // the first piece
     const T* weights =
@@ -115,41 +149,16 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
         for (int e = 0; e < 2; ++e) {
             const int row = Tile::first_row() + 16 * i + 8 * e + threadIdx.x % 32 / 4;
             const int base = base_of(patch_pixel(h, row)), odd = h.second != 0 ? base % 2 : 0;
-            left[i][e] =
-                shared.patch + (base + odd) * int(sizeof(T)) / 4 + odd * h.second + threadIdx.x % 4;
+            left[i][e] = shared.patch + (base + odd) * int(sizeof(T)) / 4 + odd * h.second;
         }
     typename Tile::Slots right;
     Tile::right_slots(right);
 
+    list_words<T, Tile::kThreads>(p, h, shared.table);
+    const RunWord* words = shared.table + begin * 4 + threadIdx.x % 4;
     bring_patch<T, Tile::kThreads>(p, h, image, shared.patch, row_of);
 #pragma unroll
     for (int chunk = 0; chunk < kStages - 1; ++chunk) bring_weights(chunk, chunk);
-
-    // What a lane keeps of the last piece of a run.
-    const int last = p.run - (run_pieces - 1) * kElements;
-    const int own = threadIdx.x % 4 * int(4 / sizeof(T));
-    const std::uint32_t kept_bits = own >= last                        ? 0u
-                                    : own + int(4 / sizeof(T)) <= last ? ~0u
-                                                                       : 0xffffu;
-    // Where the next piece of k begins in each run.
-    const int next_row = p.y.dilation * h.pitch * int(sizeof(T)) / 4 - 4 * run_pieces;
-    int row = begin / run_pieces, number = begin - row * run_pieces;
-    int at = begin * 4 + row * next_row;
-    struct PieceOf {
-        int offset;
-        std::uint32_t mask;
-    };
-    const auto next = [&]() -> PieceOf {
-        if (row == p.y.kernel) return {0, 0u};
-        PieceOf result = {at, number == run_pieces - 1 ? kept_bits : ~0u};
-        at += 4;
-        if (++number == run_pieces) {
-            number = 0;
-            at += next_row;
-            ++row;
-        }
-        return result;
-    };
 
     int full = 0, empty = kStages - 1;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -158,14 +167,15 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
         cp_async_wait<kStages - 2>();
         __syncthreads();
         bring_weights(chunk + kStages - 1, empty);
-        PieceOf of[kPieces];
+        RunWord of[kPieces];
 #pragma unroll
-        for (auto& one : of) one = next();
+        for (int k = 0; k < kPieces; ++k) of[k] = words[k * 4];
+        words += kPieces * 4;
         Tile::template multiply<Factors>(
             [&](int k, int i, std::uint32_t (&bits)[4]) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const PieceOf& one = of[2 * k + e / 2];
+                    const RunWord& one = of[2 * k + e / 2];
                     bits[e] = left[i][e % 2][one.offset] & one.mask;
                 }
             },
@@ -187,7 +197,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
     const auto block = tap_block<false, Tile::kN>(p);
     typename Tile::Accumulator sum = {};
     patch_product<Factors, Tile>(
-        p, h, image, block.first_column, packed, PatchShared<Tile>(memory), sum,
+        p, h, image, block.first_column, packed, PatchShared<Tile>(memory, h), sum,
         [&](int pixel) { return patch_base(block, p, h, pixel); },
         [&](int row) { return patch_row(block, p, h, row); });
     store_results<Tile>(p, block, sum, reinterpret_cast<TapPixel*>(memory), bias, forward, result,

@@ -176,8 +176,7 @@ struct PoolBlock {
         for (int base = 0; base < pool.windows(); base += kGroup) {
             const int window = base + first, row = pool.tile_width.divide(window);
             const int oy = first_y + row, ox = first_x + window - row * pool.x.tile;
-            const bool reached =
-                window < pool.windows() && oy < pool.y.reach && ox < pool.x.reach;
+            const bool reached = window < pool.windows() && oy < pool.y.reach && ox < pool.x.reach;
             const bool pools = reached && oy < pool.y.count && ox < pool.x.count;
             const auto map = [&](int s, int y, int x) {
                 const V value = maps[at((y - top) * pool.x.box + x - left, s * kSide + side)];
@@ -195,8 +194,7 @@ struct PoolBlock {
                         continue;
                     }
                     const std::int64_t place = pool.output.offset(n, first_channel + c, oy, ox);
-                    if (!kWhole || to.pooled != nullptr)
-                        to.pooled[place] = static_cast<T>(best[s]);
+                    if (!kWhole || to.pooled != nullptr) to.pooled[place] = static_cast<T>(best[s]);
                     to.switches[place] = static_cast<std::uint8_t>(where[s]);
                     if (to.strongest != nullptr) found[s].offer(best[s], position[s]);
                 }
@@ -235,8 +233,8 @@ struct PoolBlock {
 
     // The maxima of a window's channels, their switches and positions in the map.
     template <int kSides, typename V, typename Map>
-    __device__ static void look(const PoolPlan& pool, int oy, int ox, Map&& map,
-                                V (&best)[kSides], int (&where)[kSides], int (&position)[kSides]) {
+    __device__ static void look(const PoolPlan& pool, int oy, int ox, Map&& map, V (&best)[kSides],
+                                int (&where)[kSides], int (&position)[kSides]) {
 #pragma unroll
         for (int s = 0; s < kSides; ++s) where[s] = -1;
         for_taps(pool, oy, ox, [&](int y, int x, int tap) {

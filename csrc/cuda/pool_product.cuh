@@ -125,7 +125,7 @@ struct ByPatch {
     __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
                             const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
         patch_product<Factors, Tile>(
-            p, h, image, block.first_column, packed, PatchShared<Tile>(memory), sum,
+            p, h, image, block.first_column, packed, PatchShared<Tile>(memory, h), sum,
             [&](int number) { return block.patch_base(p, pool, h, number); },
             [&](int row) { return block.patch_row(p, row); });
     }

@@ -195,9 +195,9 @@ template <bool kTransposed>
 std::int64_t tap_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
     std::int64_t splits = 0;  // of which partial sums are kept
     const auto cut = [&](Way way, bool square) {
-        const TapCut cut = tap_cut(choice_plan<kTransposed>(s, dtype, way),
-                                   static_cast<int>(element_bytes(dtype)), square, true,
-                                   processors(exec));
+        const TapCut cut =
+            tap_cut(choice_plan<kTransposed>(s, dtype, way), static_cast<int>(element_bytes(dtype)),
+                    square, true, processors(exec));
         if (cut.splits > 1) splits = std::max<std::int64_t>(splits, cut.splits);
     };
     cut(Way::fma, false);

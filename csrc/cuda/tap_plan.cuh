@@ -107,10 +107,15 @@ bool whole_pieces(const ConvShape& s, Dtype dtype) {
     return channels * element_bytes(dtype) % 16 == 0;
 }
 
-// Elements of a merged row with what its last piece is filled up with.
+// Elements of a merged row: whole words, for a lane loads no less. The rows follow each other.
 inline std::int64_t merged_row(const ConvShape& s, Dtype dtype) {
-    const std::int64_t piece = 16 / element_bytes(dtype);
-    return (s.kernel_w * s.in_channels + piece - 1) / piece * piece;
+    const std::int64_t word = 4 / element_bytes(dtype);
+    return (s.kernel_w * s.in_channels + word - 1) / word * word;
+}
+
+// Pieces of all rows, the last one filled up.
+inline std::int64_t merged_pieces(const ConvShape& s, Dtype dtype) {
+    return (s.kernel_h * merged_row(s, dtype) * element_bytes(dtype) + 15) / 16;
 }
 
 // Three times 32 maps have a tile of their own where rows are merged.
@@ -136,16 +141,17 @@ inline bool halo_fits(const ConvShape& s) {
     return y < kHaloSlots && x < kHaloSlots && (y + 1) * (x + 8) <= kHaloSlots;
 }
 
-// Bytes of the part of an image that a block keeps in shared memory where rows are merged
-// (patch_mma.cuh).
+// Bytes of the part of an image that a block keeps in shared memory where rows are merged, and of
+// the table of where their words are in it (patch_mma.cuh).
 constexpr std::int64_t kPatchBytes = 40 * 1024;
 
-// Whether eight pixels and all their taps fit there, twice for halves.
+// Whether eight pixels and all their taps fit there, twice for halves, with a table of floats.
 inline bool patch_fits(const ConvShape& s) {
     const std::int64_t rows = (s.kernel_h - 1) * s.dilation_h + 1;
     const std::int64_t columns = (7 * s.stride_w + s.kernel_w) * s.in_channels;
-    return rows < kPatchBytes && columns < kPatchBytes &&
-           rows * (columns + 12) * 4 + 128 <= kPatchBytes;
+    const std::int64_t words = s.kernel_h * s.kernel_w * s.in_channels;
+    return rows < kPatchBytes && columns < kPatchBytes && words < kPatchBytes &&
+           rows * (columns + 12) * 4 + words * 8 + 256 <= kPatchBytes;
 }
 
 // Whether the rows of a filter can be merged. Where its columns stand side by side, a row of it
@@ -165,7 +171,7 @@ std::int64_t packed_weights(const ConvShape& given, Dtype dtype, Way way) {
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
     if (way != Way::fma && rows_merge<kTransposed>(s, dtype))
-        return s.kernel_h * merged_row(s, dtype) * merged_columns(columns) * element_bytes(dtype);
+        return 16 * merged_pieces(s, dtype) * merged_columns(columns);
     return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
            (way == Way::fma ? sum_bytes(dtype) : element_bytes(dtype));
 }

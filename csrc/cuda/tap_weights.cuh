@@ -69,14 +69,14 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, Packed* packed) 
     }
 }
 
-// k = (row of taps, element of the run), where rows are merged.
+// k = (row of taps, element of the run), where rows are merged; the last piece is filled up.
 template <typename T>
 struct MergedWeights {
     const T* weight;
 
     __device__ T at(const TapPlan& p, std::int64_t k, std::int64_t column) const {
         const std::int64_t row = k / p.channels, element = k % p.channels;
-        if (element >= p.run) return {};
+        if (row >= p.y.kernel || element >= p.run) return {};
         return weight[((column * p.pixel + element % p.pixel) * p.y.kernel + row) *
                           (p.run / p.pixel) +
                       element / p.pixel];
@@ -115,13 +115,13 @@ struct StackedWeights {
     }
 };
 
-// The weights of few columns, which have an order of their own: a thread each.
+// The weights of few columns, which have an order of their own: a thread each, `products` of k.
 template <typename Packed, typename Weights>
 __global__ void __launch_bounds__(kPackThreads)
-    pack_few_weights_kernel(TapPlan p, Weights weights, Packed* packed) {
+    pack_few_weights_kernel(TapPlan p, std::int64_t products, Weights weights, Packed* packed) {
     const std::int64_t index = std::int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
     const std::int64_t k = index / p.padded_columns, column = index % p.padded_columns;
-    if (k >= std::int64_t(p.y.kernel) * p.x.kernel * p.channels) return;
+    if (k >= products) return;
     Packed value = {};
     if (column < p.columns) value = static_cast<Packed>(weights.at(p, k, column));
     store_packed(p, packed, k, column, value);
@@ -141,12 +141,14 @@ void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const
 template <typename Packed, typename Weights>
 void launch_pack_few_weights(const TapPlan& p, const Weights& weights, Address packed,
                              const Exec& exec) {
-    const std::int64_t values =
-        std::int64_t(p.y.kernel) * p.x.kernel * p.channels * p.padded_columns;
+    constexpr int kPiece = Pack<Packed>::size;
+    const std::int64_t all = std::int64_t(p.y.kernel) * p.x.kernel * p.channels;
+    const std::int64_t products = p.run != 0 ? (all + kPiece - 1) / kPiece * kPiece : all;
+    const std::int64_t values = products * p.padded_columns;
     if (values == 0) return;
     launch(pack_few_weights_kernel<Packed, Weights>,
            dim3(static_cast<unsigned>((values + kPackThreads - 1) / kPackThreads)),
-           dim3(kPackThreads), 0, exec, p, weights, packed.as<Packed>());
+           dim3(kPackThreads), 0, exec, p, products, weights, packed.as<Packed>());
 }
 
 template <typename T, typename Packed, bool kTransposed>
