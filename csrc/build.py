@@ -138,9 +138,7 @@ class Module:
 STRIP = "-Wl,-s"
 
 
-def extension(
-    name: str, objects: Iterable[tuple[Path, str, Sequence[str]]], link_flags: Sequence[str] = ()
-) -> Module:
+def extension(name: str, objects: Iterable[tuple[Path, str, Sequence[str]]], link_flags: Sequence[str] = ()) -> Module:
     """The module ``name`` of a backend's sources and the bindings.
 
     These are the same object for all, under a name of their own that the linker adds the module's to: half of their

@@ -122,7 +122,8 @@ def test_any_window(backend, pool, norm_size, layout):
 KERNELS = [((1, 3, 17, 16), (96, 3, 7, 7), 1, "tf32", True), ((1, 3, 17, 16), (96, 3, 7, 7), 1, "3xtf32", True),
            ((1, 3, 17, 16), (96, 3, 7, 7), 1, "ieee", False), ((1, 3, 17, 16), (100, 3, 7, 7), 1, "tf32", False),
            ((1, 64, 9, 8), (64, 64, 3, 3), 1, "tf32", True), ((1, 64, 9, 8), (65, 64, 3, 3), 1, "tf32", False),
-           ((1, 16, 9, 8), (12, 16, 3, 3), 1, "tf32", True), ((1, 32, 9, 8), (32, 16, 3, 3), 2, "tf32", False)]  # fmt: skip
+           ((1, 16, 9, 8), (12, 16, 3, 3), 1, "tf32", True),
+           ((1, 32, 9, 8), (32, 16, 3, 3), 2, "tf32", False)]  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["simt"], indirect=True)

@@ -128,8 +128,9 @@ OTHERS = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
-def test_forward(recorder: Rehearsal | Graph) -> None:
-    model = net(recorder.device)
+@pytest.mark.parametrize("prepare", [lambda model: model, zfcuda.optimize], ids=["as it is", "optimised"])
+def test_forward(recorder: Rehearsal | Graph, prepare: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    model = prepare(net(recorder.device))
     check(recorder, lambda images: (model(images),), (IMAGES,), (OTHERS,))
 
 

@@ -114,7 +114,9 @@ class ConvReLUMaxPool2d(ConvReLU2d):
 
 
 class ConvReLUMaxPool2dNorm(ConvReLUMaxPool2d):
-    """:class:`ConvReLUMaxPool2d` and ``nn.LocalResponseNorm`` in one operator, :func:`zfcuda.ops.conv2d_relu_max_pool2d_norm`.
+    """:class:`ConvReLUMaxPool2d` and ``nn.LocalResponseNorm`` in one operator.
+
+    That is :func:`zfcuda.ops.conv2d_relu_max_pool2d_norm`.
 
     Parameters
     ----------

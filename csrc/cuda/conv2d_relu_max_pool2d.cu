@@ -12,8 +12,8 @@
 // beside each other. Where that costs more than to write the maps and read them again, by the
 // estimate of tap_choice.cuh, the convolution runs by itself, in its larger tile or in splits, and
 // the pool after it. Conv1, few products to large maps, runs in boxes whatever the mode; conv2 and
-// conv5 do not (docs/model.md, an A100 in tf32: conv1 412 us in boxes, 748 otherwise; conv2 1198
-// and 823). So do windows of more than kM pixels, which fit no block.
+// conv5 do not (docs/model.md, an A100 in tf32: conv1 392 us in boxes, 713 otherwise; conv2 1198
+// and 822). So do windows of more than kM pixels, which fit no block.
 //
 // Where the maxima of the maps are asked for, each block leaves those of its tile in the workspace,
 // and a small kernel lets the tiles of a map meet: a value and a position for every 25 windows and

@@ -34,12 +34,12 @@
 // it here. Shared memory: 29 KiB.
 //
 // Tried: copies of four bytes of each run (16 LDGSTS a thread and chunk of 48 HMMA, 157 KiB a
-// block). Then runs filled up to whole pieces each, whose offsets a few additions give: 168
-// products in eleven chunks, six in halves; for VGG 36 in three, 48 in two. Rejected on paper:
-// weights that stay in shared memory while a block goes on from tile to tile: 57 KiB of them leave
-// one block an SM and nobody to multiply while it pools; and of the 192 cycles that an A100
-// multiplies for eight products of k, loads and stores of shared memory take 112 with resident
-// weights, 160 without.
+// block). Then runs filled up to whole pieces each, whose offsets additions and comparisons give:
+// 168 products in eleven chunks, six in halves; for VGG 36 in three, 48 in two; and 48 HMMA in 294
+// instructions of a chunk, with the table in 184. Rejected on paper: weights that stay in shared
+// memory while a block goes on from tile to tile: 57 KiB of them leave one block an SM and nobody
+// to multiply while it pools; and of the 192 cycles that an A100 multiplies for eight products of
+// k, loads and stores of shared memory take 112 with resident weights, 160 without.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once

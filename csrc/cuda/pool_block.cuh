@@ -182,44 +182,42 @@ struct PoolBlock {
                 const V value = maps[at((y - top) * pool.x.box + x - left, s * kSide + side)];
                 return value;
             };
+            const auto place = [&](int s) {
+                return pool.output.offset(n, first_channel + s * kSide + side, oy, ox);
+            };
             V best[kSides] = {};
             if (pools) {
                 int where[kSides], position[kSides];
                 look(pool, oy, ox, map, best, where, position);
 #pragma unroll
                 for (int s = 0; s < kSides; ++s) {
-                    const int c = s * kSide + side;
-                    if (c >= channels) {
+                    if (s * kSide + side >= channels) {
                         best[s] = V(0);  // a padding column, which may be NaN
                         continue;
                     }
-                    const std::int64_t place = pool.output.offset(n, first_channel + c, oy, ox);
-                    if (!kWhole || to.pooled != nullptr) to.pooled[place] = static_cast<T>(best[s]);
-                    to.switches[place] = static_cast<std::uint8_t>(where[s]);
+                    if (!kWhole || to.pooled != nullptr)
+                        to.pooled[place(s)] = static_cast<T>(best[s]);
+                    to.switches[place(s)] = static_cast<std::uint8_t>(where[s]);
                     if (to.strongest != nullptr) found[s].offer(best[s], position[s]);
                 }
             } else if (reached) {
                 look_behind(pool, oy, ox, map, found);
             }
-            if constexpr (kWhole)
-                if (to.normalized != nullptr) {
-                    V quotients[kSides];
-                    to.norm.template divide<kSide>(side, best, quotients);
+            if constexpr (kWhole) {
+                if (to.normalized == nullptr) continue;
+                V quotients[kSides];
+                to.norm.template divide<kSide>(side, best, quotients);
 #pragma unroll
-                    for (int s = 0; s < kSides; ++s)
-                        if (pools && s * kSide + side < channels)
-                            to.normalized[pool.output.offset(n, s * kSide + side, oy, ox)] =
-                                static_cast<T>(quotients[s]);
-                }
+                for (int s = 0; s < kSides; ++s)
+                    if (pools && s * kSide + side < channels)
+                        to.normalized[place(s)] = static_cast<T>(quotients[s]);
+            }
         }
         if (to.strongest == nullptr) return;
 
         // Lanes along windows meet on banks of their own.
         constexpr int kPitch = kChannelsLast ? kPart : kPart + 16 / kGroup;
         auto* const met = reinterpret_cast<Strongest<V>*>(maps);
-        const int tile = first_y / pool.y.tile * pool.x.tiles + first_x / pool.x.tile;
-        Strongest<V>* const strongest =
-            to.strongest + (n * pool.tiles() + tile) * pool.output.channels + first_channel;
         __syncthreads();
 #pragma unroll
         for (int s = 0; s < kSides; ++s) met[first * kPitch + s * kSide + side] = found[s];
@@ -228,7 +226,8 @@ struct PoolBlock {
         if (c >= kPart || c >= channels) return;
         Strongest<V> own;
         for (int g = 0; g < kGroup; ++g) own.offer(met[g * kPitch + c]);
-        strongest[c] = own;
+        const int tile = first_y / pool.y.tile * pool.x.tiles + first_x / pool.x.tile;
+        to.strongest[(n * pool.tiles() + tile) * pool.output.channels + first_channel + c] = own;
     }
 
     // The maxima of a window's channels, their switches and positions in the map.

@@ -104,9 +104,10 @@ class Layer:
 
     @property
     def merged(self) -> int:
-        """Products of a sum where rows of taps are merged and filled up to 16 bytes."""
-        piece = 16 // self.mode.size
-        return self.conv.kernel * piece * math.ceil(self.conv.kernel * self.conv.channels / piece)
+        """Products of a sum where rows of taps are merged: whole words each, whole chunks of 64 bytes in all."""
+        word, chunk = 4 // self.mode.size, 64 // self.mode.size
+        words = math.ceil(self.conv.kernel * self.conv.channels / word)
+        return math.ceil(self.conv.kernel * words * word / chunk) * chunk
 
     def launch(self, what: str, kernel: str, slices: list[tuple[int, int]], columns: int, **more: float) -> Launch:
         given = {"least": self.mode.size * self.conv.elements(BATCH), "flops": self.conv.flops(BATCH)} | more
@@ -122,7 +123,7 @@ class Layer:
             forward = rf"tap_gemm_kernel<float, Tile<float, {wide},.*false, true, {vector}, Tensor"
             fused = rf"conv2d_relu_max_pool2d_kernel<float, Tile<float, 128, 64,.*true, {vector}>"
         elif self.few:
-            more, depth = {"dynamic": 27_000, "read": 0.1}, self.merged
+            more, depth = {"dynamic": 29_000, "read": 0.1}, self.merged
             forward = f"patch_mma_kernel<{factors}, MmaTile<128, 96,"
             fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 96,.*ByPatch"
         else:
@@ -260,9 +261,9 @@ def page(kernels: list[Kernel]) -> str:
   whichever takes longest; or the bytes. No latency, no epilogue, nothing of what gathers: a GPU will take longer. On
   Hopper `mma.sync` reaches less than two thirds of the peak.
 - What only moves data (pools, unpooling, normalisation, ReLU) is bound by its bytes: its floor is its model.
-- A layer with its pool runs in boxes, which compute some pixels twice but write no maps, or one after the other. The library
-  takes what its own estimate (`csrc/cuda/tap_choice.cuh`) finds cheaper: here boxes for conv1, in every mode, and the
-  other for conv2 and conv5.
+- A layer with its pool runs in boxes, which compute some pixels twice but write no maps, or one after the other. The
+  library takes what its own estimate (`csrc/cuda/tap_choice.cuh`) finds cheaper: here boxes for conv1, in every mode,
+  and the other for conv2 and conv5.
 
 {tables}
 """

@@ -17,7 +17,6 @@ from zfcuda.bench.rivals import laid_out, ours, runtimes, torch_ways
 from zfcuda.bench.shapes import CONVOLUTIONS, GROUPED, NORMED, POOLED, Conv
 from zfcuda.ops._conv import Filters, conv2d_weight_gradient
 
-
 #: How far a layer goes, our operators for that, and their options.
 Through = Literal["maps", "pool", "norm"]
 THROUGH: tuple[Through, ...] = get_args(Through)

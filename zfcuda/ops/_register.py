@@ -94,11 +94,7 @@ class Operator:
         return self._call(*self._signature.flat(args))
 
     def _call(self, *args: Any) -> Any:
-        if (
-            not is_dynamo_compiling()
-            and (_functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
-            and self._function
-        ):
+        if self._function and _transforming():
             return self._function.apply(*args)
         return self.overload(*args)
 
@@ -284,12 +280,16 @@ def not_differentiable(operator: Operator, name: str, remedy: str) -> None:
     operator.register_autograd(backward)
 
 
+def _transforming() -> bool:
+    """Whether a transform of torch.func or forward mode is active; the compiler traces neither question."""
+    if is_dynamo_compiling():
+        return False
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def derivable(*tensors: Tensor | None) -> bool:
     """Whether derivatives by these may be asked for of what is computed from them now."""
-    if not is_dynamo_compiling():
-        if _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-            return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _transforming() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 # ---------------------------------------------------------------- what users call

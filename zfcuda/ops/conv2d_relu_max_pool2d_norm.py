@@ -46,9 +46,9 @@ def conv2d_relu_max_pool2d_norm(
               ^{o + \lfloor (n-1)/2 \rfloor} p_j^2\Big)^{\beta}, \quad
               p_o = \operatorname{pool}\Big(\max\big(0,\; b_o + \sum_i w_{o,i} \star x_i\big)\Big)
 
-    Where no gradient is recorded, the pooled maps are not among the results. On CUDA one kernel does it all where a
-    block has every map, on the tensor cores in channels_last: up to 96 maps of images of few channels, up to 64 of
-    others, of one group, and windows of up to 33 maps. Elsewhere a second kernel normalises.
+    Where no gradient is recorded, the pooled maps are not among the results. On CUDA one kernel does it all where its
+    blocks have every map, on the tensor cores in channels_last: up to 96 maps of images of few channels, up to 64 of
+    others, of one group, and ``norm_size`` of up to 33. Elsewhere a second kernel normalises.
 
     Parameters
     ----------

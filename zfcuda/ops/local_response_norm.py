@@ -126,7 +126,8 @@ def _backward(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _tangent(inputs: Sequence[Any], output: Tensor, tangents: Sequence[Any]) -> Tensor:
-    return norm_tangent(*inputs, tangents[0])
+    input, norm = inputs
+    return norm_tangent(input, norm, tangents[0])
 
 
 def norm_tangent(input: Tensor, norm: Norm, tangent: Tensor) -> Tensor:

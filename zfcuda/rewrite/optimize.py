@@ -24,8 +24,8 @@ def optimize(model: Model) -> Model:
 
     In the forward() of every module, by `torch.fx`:
 
-    - a ``Conv2d`` with the ReLU behind it, with the ``MaxPool2d`` behind that, and with the ``LocalResponseNorm`` behind
-      the pool, becomes one call of :func:`zfcuda.ops.conv2d_relu`, :func:`zfcuda.ops.conv2d_relu_max_pool2d` or
+    - a ``Conv2d`` with the ReLU behind it, with the ``MaxPool2d`` behind that, and with the ``LocalResponseNorm``
+      behind the pool, becomes one call of :func:`zfcuda.ops.conv2d_relu`, :func:`zfcuda.ops.conv2d_relu_max_pool2d` or
       :func:`zfcuda.ops.conv2d_relu_max_pool2d_norm`, where nothing else sees what is between them, and however they
       are written: as modules, functions or methods, in place or not; with groups of 2 to 8 channels, too, but not of
       others, which torch convolves faster;
