@@ -122,8 +122,9 @@ EXPLAINED = [
     Explained(
         "patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel",
         "[one.offset] & one.mask",
-        2,
-        "main loop: pixels of two lines, or (5 channels) runs at a distance that no order of the pixels keeps apart",
+        2.2,
+        "main loop: pixels of two lines, pieces that go on in the next row of taps (of halves; of floats where taps are"
+        " apart), or (5 channels) runs at a distance that no order of the pixels keeps apart",
     ),
     Explained("patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel", "cp_async<4>(to + e", 2, _DIVERGENT),
     Explained("patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel", "to[e] = value", 2, _DIVERGENT),
