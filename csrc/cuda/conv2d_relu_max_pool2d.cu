@@ -7,13 +7,7 @@
 // The kernels, blocks of windows with the box of the maps that they read: pool_product.cuh.
 // The tile is the one with the fewest blocks.
 //
-// Boxes overlap by what windows share, and leave rows of the tile empty: ZFNet's conv2, of 26 x 26
-// pixels, takes 9 boxes, 1152 rows for 676, and its 256 maps the smaller tile, whose maps fit
-// beside each other. Where that costs more than to write the maps and read them again, by the
-// estimate of tap_choice.cuh, the convolution runs by itself, in its larger tile or in splits, and
-// the pool after it. Conv1, few products to large maps, runs in boxes whatever the mode; conv2 and
-// conv5 do not (docs/model.md, an A100 in tf32: conv1 392 us in boxes, 713 otherwise; conv2 1198
-// and 822). So do windows of more than kM pixels, which fit no block.
+// Or the convolution by itself and then its pool, whichever costs less: pool_choice.cuh.
 //
 // Where the maxima of the maps are asked for, each block leaves those of its tile in the workspace,
 // and a small kernel lets the tiles of a map meet: a value and a position for every 25 windows and
@@ -32,6 +26,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
+#include "pool_choice.cuh"
 #include "pool_product.cuh"
 
 namespace zfcuda {
@@ -55,74 +50,6 @@ __global__ void __launch_bounds__(kThreads)
     meet(found, met, kMetMaps, channels, n, c, values, positions);
 }
 
-// The largest box that any tile's product has as its rows, by dtype and columns.
-int box_pixels(const ConvShape& s, Dtype dtype) {
-    return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
-}
-
-// The plan of the product on the tensor cores: the loop that the convolution by itself would have,
-// so that the sums are the same.
-struct MmaBoxes {
-    TapPlan p;
-    int bytes, pieces;  // of an element; of a pixel
-    bool by_patch, by_halo;
-    HaloPlan halo = {};
-
-    MmaBoxes(const ConvShape& s, Dtype dtype, Way way)
-        : p(tap_plan<false>(s, dtype, way, Gate::none)),
-          bytes(static_cast<int>(element_bytes(dtype))),
-          pieces(p.channels * bytes / 16),
-          by_patch(p.run != 0),
-          by_halo(!by_patch && halo_pays(p, pieces)) {
-        halo.y = halo_axis<false>(p.y), halo.x = halo_axis<false>(p.x);
-    }
-    PatchPlan patch(std::int64_t height, std::int64_t width) const {
-        return patch_plan(p, bytes, height, width, 0);
-    }
-    // Chooses boxes that its tiles hold; false if there are none.
-    bool choose(PoolPlan& plan) {
-        const bool found = plan.choose(kBlockPixels, [&](std::int64_t height, std::int64_t width) {
-            if (by_patch) return patch(height, width).bytes <= kPatchBytes;
-            return !by_halo ||
-                   (height + halo.y.span) * halo_pitch(width, halo.x.span) <= kHaloSlots;
-        });
-        if (found && by_halo) halo.set(plan.y.box + halo.y.span, plan.x.box, pieces);
-        return found;
-    }
-};
-
-// The kernels with boxes, for all that is asked: they `pay` if windows fit them and they take less
-// time, within an eighth (for they need no memory for the maps), than one after the other.
-struct Boxes {
-    PoolPlan plan;
-    Way way;
-    MmaBoxes mma;
-    bool pay = false;
-
-    // `given` is the way of the convolution by itself, whose sums are the same.
-    Boxes(const ConvShape& s, const PoolShape& pool, Dtype dtype, bool maximum, Way given,
-          const Exec& exec)
-        : plan(pool, maximum), way(given), mma(s, dtype, given) {
-        const bool by_fma = way == Way::fma;
-        if ((maximum && pool.gaps()) ||
-            !(by_fma ? plan.choose(box_pixels(s, dtype)) : mma.choose(plan)))
-            return;
-        const std::int64_t bytes = element_bytes(dtype), maps = s.batch * s.maps().step_image();
-        const std::int64_t memory = 2 * maps * bytes / memory_bytes(exec);  // written, and read
-        pay =
-            cycles(s, dtype, exec) * 8 <= (conv2d_cycles(s, dtype, way, exec) + kPass + memory) * 9;
-    }
-
-    std::int64_t cycles(const ConvShape& s, Dtype dtype, const Exec& exec) const {
-        const int bytes = static_cast<int>(element_bytes(dtype));
-        const TapPlan p = choice_plan<false>(s, dtype, way);
-        const TileCost tile = small_tile(p, bytes);
-        const std::int64_t blocks =
-            std::int64_t(p.padded_columns / tile.columns) * plan.tiles() * p.groups * s.batch;
-        return loop_cycles(p, tile, factor_bytes(p, bytes), blocks, 1, processors(exec));
-    }
-};
-
 // Where the results go: PoolResults of any type.
 struct PoolAddresses {
     Address pooled, switches, strongest, normalized;
@@ -136,17 +63,7 @@ struct PoolAddresses {
     }
 };
 
-// Otherwise: the convolution, then its pool, of so many images at a time that the last of some
-// waves of blocks hardly counts, and the maps of no more are in memory.
-std::int64_t images_at_a_time(const ConvShape& s, const Exec& exec) {
-    constexpr std::int64_t kWaves = 8, kResults = 2 * 128 * 128;  // of a multiprocessor at once
-    const std::int64_t wanted = kWaves * kResults * processors(exec);
-    const std::int64_t most = std::max<std::int64_t>(1, wanted / s.maps().step_image());
-    const std::int64_t turns = std::max<std::int64_t>(1, (s.batch + most - 1) / most);
-    return (s.batch + turns - 1) / turns;
-}
-
-// What the convolution of those, or of the rest, needs; the maps lie behind it.
+// What the convolution of some images at a time, or of the rest, needs; the maps lie behind it.
 std::int64_t convolution_workspace(ConvShape s, Dtype dtype, const Exec& exec) {
     const std::int64_t batch = s.batch;
     s.batch = images_at_a_time(s, exec);
@@ -250,11 +167,16 @@ std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShap
     std::int64_t bytes = 0;
     for (const Way way : {Way::fma, tap_way<false>(s, dtype, exec)}) {
         const Boxes boxes(s, pool, dtype, maximum, way, exec);
-        const std::int64_t tiles = maximum ? s.batch * boxes.plan.tiles() * s.out_channels : 0;
-        const std::int64_t maps = images_at_a_time(s, exec) * s.maps().step_image();
-        bytes = std::max(
-            bytes, boxes.pay ? packed_weights<false>(s, dtype) + 15 + tiles * 2 * sum_bytes(dtype)
-                             : convolution_workspace(s, dtype, exec) + maps * element_bytes(dtype));
+        std::int64_t own = 0;
+        if (!boxes.pay) {
+            const std::int64_t maps = images_at_a_time(s, exec) * s.maps().step_image();
+            own = convolution_workspace(s, dtype, exec) + maps * element_bytes(dtype);
+        } else {
+            own = packed_weights<false>(s, dtype);
+            if (maximum)
+                own += 15 + s.batch * boxes.plan.tiles() * s.out_channels * 2 * sum_bytes(dtype);
+        }
+        bytes = std::max(bytes, own);
     }
     return bytes;
 }
