@@ -125,11 +125,13 @@ def test_nan_is_passed_over(backend, pool, layout):
         same(placed.call(ops.conv2d_relu_max_pool2d_maximum), placed.call(chain))
 
 
-#: Image, filters, the columns' distance: from patches, taps and halos, and by FMA, each in wide and narrow tiles.
+#: Image, filters, the columns' distance: from patches, taps and halos, and by FMA, each in wide and narrow tiles; of 64
+#: channels the convolution is split, or its pool comes after it.
 TILES = [((2, 3, 17, 16), (96, 3, 7, 7), 1), ((1, 3, 17, 16), (40, 3, 5, 5), 1), ((2, 16, 15, 14), (72, 16, 3, 3), 2),
          ((1, 32, 9, 14), (40, 32, 1, 1), 1), ((1, 32, 9, 14), (8, 32, 1, 1), 1), ((1, 64, 15, 14), (40, 64, 3, 3), 1),
-         ((1, 64, 15, 14), (8, 64, 3, 3), 1), ((1, 20, 15, 14), (40, 20, 3, 3), 2), ((1, 20, 15, 14), (8, 20, 3, 3), 2),
-         ((1, 19, 15, 14), (40, 19, 3, 3), 2), ((1, 19, 15, 14), (8, 19, 3, 3), 2)]  # fmt: skip
+         ((1, 64, 15, 14), (8, 64, 3, 3), 1), ((1, 32, 15, 14), (40, 32, 3, 3), 1), ((1, 32, 15, 14), (8, 32, 3, 3), 1),
+         ((1, 12, 15, 14), (40, 12, 3, 3), 2), ((1, 12, 15, 14), (8, 12, 3, 3), 2),
+         ((1, 11, 15, 14), (40, 11, 3, 3), 2), ((1, 11, 15, 14), (8, 11, 3, 3), 2)]  # fmt: skip
 MODES = [("ieee", torch.float32), ("tf32", torch.float32), ("3xtf32", torch.float32), *(("ieee", h) for h in HALVES)]
 
 

@@ -31,7 +31,8 @@ for release in "$@"; do
     "$environment/bin/python" -m pytest -q -n "${JOBS:-2}" -k "not simt" -r fE \
         tests/test_contract.py tests/test_{conv2d_relu,deconv2d,max_pool2d,max_unpool2d,local_response_norm}.py \
         tests/test_{relu_max_pool2d,conv2d_relu_max_pool2d,unpool_relu_deconv2d,switch_gather,window_deconv2d}.py \
-        tests/test_{conv2d_relu_max_pool2d_maximum,map_maximum,crop_windows,renormalize_filters}.py |
+        tests/test_{conv2d_relu_max_pool2d_maximum,conv2d_relu_max_pool2d_norm,map_maximum}.py \
+        tests/test_{crop_windows,renormalize_filters}.py |
         tail -4
     cd - >/dev/null
 done

@@ -159,8 +159,9 @@ inline bool patch_fits(const ConvShape& s) {
 // images' three colours has seven such runs of 21 values, which fill pieces better than channels.
 template <bool kTransposed>
 bool rows_merge(const ConvShape& s, Dtype dtype) {
-    return !kTransposed && s.channels_last && !whole_pieces<kTransposed>(s, dtype) &&
-           s.groups == 1 && s.dilation_w == 1 && !narrow(s.out_channels, dtype) &&
+    return !kTransposed && s.channels_last && dtype != Dtype::float64 &&
+           !whole_pieces<kTransposed>(s, dtype) && s.groups == 1 && s.dilation_w == 1 &&
+           !narrow(s.out_channels, dtype) &&
            (s.in_width + 2 * s.padding_w) * s.in_channels < 1 << 30 && patch_fits(s);
 }
 
