@@ -106,6 +106,23 @@ def test_layer_with_its_pool(backend, layer):
 
 
 @LAYOUTS
+@layers(POOLED[:2])
+def test_layer_with_its_pool_and_normalisation(backend, layer, layout):
+    """By the paper's constants: of exact sums, so that only the normalisation rounds."""
+    image = whole_numbers(1, layer.channels, layer.size, layer.size, top=1)
+    weight = whole_numbers(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1, top=1)
+    slide = {"stride": layer.stride, "padding": layer.padding}
+    sample = Sample([image, weight, whole_numbers(layer.maps, seed=2)], slide, differentiable=False)
+    norm = {"norm_size": 5, "norm_alpha": 5e-4, "norm_beta": 0.75, "norm_k": 2.0}
+    fused = partial(ops.conv2d_relu_max_pool2d_norm, pool_ceil_mode=True, **FUSED, **norm)
+    output, switches = sample.on(backend.device, torch.float32, layout).call(fused)
+    pooled, expected = sample.call(conv2d_relu_max_pool2d)
+    assert torch.equal(switches.cpu(), expected)
+    exact = F.local_response_norm(pooled, 5, 5e-4, 0.75, 2.0)
+    torch.testing.assert_close(output.cpu().double(), exact, rtol=2e-6, atol=0)
+
+
+@LAYOUTS
 @layers(POOLED)
 def test_switches_of_rounded_sums(backend, layer, layout):
     """Each points to a value that is the window's maximum, but for the rounding of two sums."""
