@@ -21,6 +21,7 @@ CALLS = {
     "conv2d_relu": ((IMAGE, WEIGHT, BIAS), {"stride": 2, "padding": 1}),
     "conv2d_relu_max_pool2d": ((IMAGE, WEIGHT, BIAS), {"padding": 1, "pool_kernel_size": 2}),
     "conv2d_relu_max_pool2d_maximum": ((IMAGE, WEIGHT, BIAS), {"padding": 1, "pool_kernel_size": 2}),
+    "conv2d_relu_max_pool2d_norm": ((IMAGE, WEIGHT, BIAS), {"padding": 1, "pool_kernel_size": 2, "norm_size": 3}),
     "crop_windows": ((IMAGE, torch.tensor([0, 1]), torch.tensor([[0, 1], [-1, 2]]), 3), {}),
     "deconv2d": ((normal(2, 6, 4, 4).float(), WEIGHT), {"gate": "backprop", "forward": normal(2, 6, 4, 4).float()}),
     "indices_to_switches": ((ops.switches_to_indices(SWITCHES, (9, 8), 2), (9, 8), 2), {}),
