@@ -260,12 +260,16 @@ CASES = st.fixed_dictionaries(
 NAMES = ("stride", "padding", "dilation", "groups", "weight", "pool_kernel_size", "pool_stride", "pool_padding")
 
 
+def call_of(c):
+    """A case of CASES as a call."""
+    image = whole_numbers(c["batch"], c["groups"] * c["columns"], *c["size"], seed=c["seed"])
+    weight = whole_numbers(c["groups"] * c["rows"], c["columns"], *c["kernel"], seed=c["seed"] + 1)
+    bias = whole_numbers(weight.size(0), seed=c["seed"] + 2) if c["bias"] else None
+    return Sample([image, weight, bias], {n: c[n] for n in c if n.startswith("pool_") or n in NAMES})
+
+
 def test_agrees_with_torch(backend):
     def check(c):
-        image = whole_numbers(c["batch"], c["groups"] * c["columns"], *c["size"], seed=c["seed"])
-        weight = whole_numbers(c["groups"] * c["rows"], c["columns"], *c["kernel"], seed=c["seed"] + 1)
-        bias = whole_numbers(weight.size(0), seed=c["seed"] + 2) if c["bias"] else None
-        options = {name: c[name] for name in c if name.startswith("pool_") or name in NAMES}
         window = [c["pool_" + name] for name in ("kernel_size", "stride", "padding", "dilation")]
         window[1] = window[1] or window[0]
         sums = {"same": [d * (k - 1) for k, d in zip(c["kernel"], c["dilation"], strict=True)], "valid": (0, 0)}
@@ -274,8 +278,7 @@ def test_agrees_with_torch(backend):
         maps = [(n + p - d * (k - 1) - 1) // max(s, 1) + 1 for n, k, s, p, d in axes]
         if min(window[1] + window[3]) > 0 and min(window[2]) >= 0 and steps_over(maps, *window):
             return  # torch does not refuse these; see test_max_pool2d.py
-        sample = Sample([image, weight, bias], options)
-        agree_or_both_refuse(ops.conv2d_relu_max_pool2d, torchs, sample, backend, NAMES)
+        agree_or_both_refuse(ops.conv2d_relu_max_pool2d, torchs, call_of(c), backend, NAMES)
 
     for_all(backend, CASES, check, examples=150)
 

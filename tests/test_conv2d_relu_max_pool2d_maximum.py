@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import DTYPES, HALVES, Sample, check_exact, check_values, for_all, normal, whole_numbers
-from test_conv2d_relu_max_pool2d import CASES, POOL, REFUSED, tensors
+from test_conv2d_relu_max_pool2d import CASES, POOL, REFUSED, _name, call_of, tensors
 from test_conv2d_relu_max_pool2d import rounding as rounding_of_pool
 from test_conv2d_relu_max_pool2d import sample_inputs as samples_of_pool
 from test_conv2d_relu_max_pool2d import torchs as torchs_pool
@@ -59,10 +59,6 @@ def sample_inputs(numbers=normal):
         Sample(tensors(numbers, 1, 4, (13, 28), 20, (1, 1), groups=2), {"groups": 2, "pool_kernel_size": 5}),
     ]
     return [alone(sample) for sample in (*samples_of_pool(numbers), *borders)]
-
-
-def _name(sample):
-    return f"{tuple(sample.tensors[0].shape)} {tuple(sample.tensors[1].shape)} {sample.options}"
 
 
 def samples(numbers=normal):
@@ -167,12 +163,7 @@ def test_the_same_bits_with_any_number_of_threads(backend, threads, batch, pool)
 
 def test_any_arguments(backend):
     def check(c):
-        image = whole_numbers(c["batch"], c["groups"] * c["columns"], *c["size"], seed=c["seed"])
-        weight = whole_numbers(c["groups"] * c["rows"], c["columns"], *c["kernel"], seed=c["seed"] + 1)
-        bias = whole_numbers(weight.size(0), seed=c["seed"] + 2) if c["bias"] else None
-        chosen = ("stride", "padding", "dilation", "groups")
-        options = {name: c[name] for name in c if name.startswith("pool_") or name in chosen}
-        sample = alone(Sample([image, weight, bias], options))
+        sample = alone(call_of(c))
         for layout in ("contiguous", "channels_last"):
             placed = sample.on(backend.device, torch.float32, layout)
             try:

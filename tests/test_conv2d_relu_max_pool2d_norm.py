@@ -19,7 +19,7 @@ from oracles import (
     normal,
     whole_numbers,
 )
-from test_conv2d_relu_max_pool2d import CASES, POOL, REFUSED, tensors
+from test_conv2d_relu_max_pool2d import CASES, POOL, REFUSED, _name, call_of, tensors
 from test_conv2d_relu_max_pool2d import rounding as rounding_of_pool
 from test_conv2d_relu_max_pool2d import sample_inputs as samples_of_pool
 from test_conv2d_relu_max_pool2d import torchs as torchs_pool
@@ -70,10 +70,6 @@ def sample_inputs(numbers=normal):
     return [Sample(s.tensors, {**s.options, **NORMS[i % len(NORMS)]}) for i, s in enumerate(samples)]
 
 
-def _name(sample):
-    return f"{tuple(sample.tensors[0].shape)} {tuple(sample.tensors[1].shape)} {sample.options}"
-
-
 def same(actual, expected):
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == e.dtype and a.shape == e.shape
@@ -106,21 +102,28 @@ def test_the_same_bits_as_in_two_steps(backend, size, filters, apart, keep, mode
         same(sample.call(ops.conv2d_relu_max_pool2d_norm), sample.call(chain))
 
 
+#: The ways in which images of few channels go by patches (channels_last).
+BY_PATCH = pytest.mark.parametrize("mode", ["ieee", "tf32"])
+
+
 @LAYOUTS
+@BY_PATCH
 @pytest.mark.parametrize("norm_size", [1, 2, 33, 34, 96, 300])
 @pytest.mark.parametrize("pool", [FLOOR, {"pool_kernel_size": 2}, {"pool_kernel_size": 5, "pool_stride": 4}], ids=str)
-def test_any_window(backend, pool, norm_size, layout):
+def test_any_window(backend, pool, norm_size, mode, layout):
     """Up to where a warp sees all channels, and beyond."""
     inputs = tensors(normal, 1, 3, (23, 26), 96, (5, 5))
     options = {**pool, "norm_size": norm_size, "norm_alpha": 0.1}
     sample = Sample(inputs, options, differentiable=False).on(backend.device, torch.float32, layout)
-    with zfcuda.set_fp32_precision("tf32"):
+    with zfcuda.set_fp32_precision(mode):
         same(sample.call(ops.conv2d_relu_max_pool2d_norm), sample.call(chain))
 
 
 #: Image, filters, groups, mode; and whether the blocks have all channels of their pixels.
 KERNELS = [((1, 3, 17, 16), (96, 3, 7, 7), 1, "tf32", True), ((1, 3, 17, 16), (96, 3, 7, 7), 1, "3xtf32", True),
-           ((1, 3, 17, 16), (96, 3, 7, 7), 1, "ieee", False), ((1, 3, 17, 16), (100, 3, 7, 7), 1, "tf32", False),
+           ((1, 3, 17, 16), (96, 3, 3, 3), 1, "ieee", True), ((1, 3, 17, 16), (100, 3, 7, 7), 1, "tf32", False),
+           ((1, 3, 17, 16), (20, 3, 3, 3), 1, "ieee", True), ((1, 3, 17, 16), (100, 3, 7, 7), 1, "ieee", False),
+           ((1, 64, 9, 8), (64, 64, 3, 3), 1, "ieee", False),
            ((1, 64, 9, 8), (64, 64, 3, 3), 1, "tf32", True), ((1, 64, 9, 8), (65, 64, 3, 3), 1, "tf32", False),
            ((1, 16, 9, 8), (12, 16, 3, 3), 1, "tf32", True),
            ((1, 32, 9, 8), (32, 16, 3, 3), 2, "tf32", False)]  # fmt: skip
@@ -153,7 +156,8 @@ def backend_checks():
 
 
 @LAYOUTS
-def test_special_values(backend, layout):
+@BY_PATCH
+def test_special_values(backend, mode, layout):
     """A NaN or an infinity spoils its own window of channels and no other, padding columns not at all."""
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, *range(-9, 9)])
     image = values[torch.randint(len(values), (1, 3, 21, 22), generator=torch.Generator().manual_seed(0))]
@@ -161,18 +165,14 @@ def test_special_values(backend, layout):
     weight = whole_numbers(20, 3, 3, 3, seed=1)
     weight[:, 1:, 1] = 0
     sample = Sample([image, weight], {**FLOOR, **PAPER}, differentiable=False).on(backend.device, torch.float32, layout)
-    with zfcuda.set_fp32_precision("tf32"):
+    with zfcuda.set_fp32_precision(mode):
         same(sample.call(ops.conv2d_relu_max_pool2d_norm), sample.call(chain))
 
 
 def test_any_arguments(backend):
     def check(c):
-        image = whole_numbers(c["batch"], c["groups"] * c["columns"], *c["size"], seed=c["seed"])
-        weight = whole_numbers(c["groups"] * c["rows"], c["columns"], *c["kernel"], seed=c["seed"] + 1)
-        bias = whole_numbers(weight.size(0), seed=c["seed"] + 2) if c["bias"] else None
-        chosen = ("stride", "padding", "dilation", "groups")
-        options = {name: c[name] for name in c if name.startswith("pool_") or name in chosen}
-        sample = Sample([image, weight, bias], {**options, **NORMS[c["seed"] % len(NORMS)]}, differentiable=False)
+        call = call_of(c)
+        sample = Sample(call.tensors, {**call.options, **NORMS[c["seed"] % len(NORMS)]}, differentiable=False)
         for layout in ("contiguous", "channels_last"):
             there = sample.on(backend.device, torch.float32, layout)
             try:

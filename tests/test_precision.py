@@ -26,6 +26,7 @@ def mode(request):
 
 
 IN_EACH_MODE = pytest.mark.parametrize("mode", [*MODES, *HALVES], indirect=True)
+AND_IEEE = pytest.mark.parametrize("mode", ["ieee", *MODES, *HALVES], indirect=True)
 OF_FLOAT32 = pytest.mark.parametrize("mode", MODES, indirect=True)
 
 
@@ -77,6 +78,9 @@ MERGED = [
     ((9, 3, 2, 3), (20, 3, 3, 2), {"padding": 1}),  # several images to a block
     ((3, 3, 13, 6), (17, 3, 2, 3), {"stride": (5, 2)}),  # rows between those that are read
     ((1, 2, 61, 40), (17, 2, 60, 12), {"padding": 2}),  # few pixels to a block
+    ((1, 2, 9, 12), (20, 2, 3, 7), {}),  # as many rows at a time as there are
+    ((1, 3, 6, 19), (100, 3, 5, 16), {"padding": 1}),  # runs that FMA just takes, and longer ones
+    ((1, 3, 5, 19), (17, 3, 2, 17), {}),
 ]
 CASES += MERGED
 
@@ -118,7 +122,7 @@ def check_model(
 
 
 @CUDA
-@IN_EACH_MODE
+@AND_IEEE
 @pytest.mark.parametrize(("size", "filters", "options"), CASES, ids=IDS)
 def test_convolution(backend, mode, size, filters, options):
     image, weight, bias = normal(*size), normal(*filters, seed=1), normal(filters[0], seed=2)
@@ -132,7 +136,7 @@ def test_convolution(backend, mode, size, filters, options):
 
 
 @CUDA
-@IN_EACH_MODE
+@AND_IEEE
 def test_a_merged_row_reads_its_own_pixels_alone(backend, mode):
     """NaN beside a window is not in it, though the piece that brings the window's last pixel reaches over it."""
     image = torch.zeros(1, 3, 6, 9)
@@ -161,7 +165,7 @@ DOWN = [
 
 
 @CUDA
-@IN_EACH_MODE
+@AND_IEEE
 def test_a_patch_that_fits_no_block(backend, mode):
     image, weight = normal(1, 3, 92, 31), normal(17, 3, 90, 30, seed=1)
     actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight))

@@ -280,7 +280,7 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
 std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, bool pooled, const Exec& exec) {
     const std::int64_t bytes = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
-    return pooled ? bytes : gemm::round_up(bytes, kLine) + pool.outputs() * element_bytes(dtype);
+    return pooled ? bytes : bytes + pool.outputs() * element_bytes(dtype);
 }
 
 // In two passes: the second one waits for its square roots, not for memory.
@@ -289,8 +289,8 @@ void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, cons
                                  Address weight, Address bias, Address pooled, Address output,
                                  Address switches, Address workspace, const Exec& exec) {
     if (!pooled) {
-        const auto own = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
-        pooled = {workspace.as<char>() + gemm::round_up(own, kLine)};
+        pooled = workspace;
+        workspace = {workspace.as<char>() + pool.outputs() * element_bytes(dtype)};
     }
     conv2d_relu_max_pool2d(s, pool, dtype, image, weight, bias, pooled, switches, {}, {}, workspace,
                            exec);

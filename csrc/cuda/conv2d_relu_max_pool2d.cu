@@ -21,7 +21,8 @@
 // has the windows of whole pixels in registers, and a lane meets its neighbours by shuffles. So a
 // pass over the pooled maps is saved: a batch of 128 of ZFNet's first layer reads 77 MB and writes
 // 186, instead of reading 226 and writing 335; the pool by itself is written only if a gradient is
-// to come. Other blocks (by FMA; of some of the channels) leave it to local_response_norm.cu.
+// to come. Other blocks (of some of the channels; of tap_product.cuh) leave it to
+// local_response_norm.cu.
 // Least bytes: image + weights + output + one byte a switch (+ a value and a position a map).
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
@@ -100,11 +101,17 @@ Address tile_maxima(const ConvShape& s, Dtype dtype, Address values, Address wor
     return {workspace.as<char>() + (packed_weights<false>(s, dtype) + 15) / 16 * 16};
 }
 
+// body(Factors{}) for a way whose kernels have a loop of pool_product.cuh.
+template <typename Body>
+void with_loop_factors(Way way, Dtype dtype, Body&& body) {
+    way == Way::fma ? body(Fma{}) : with_factors(way, dtype, body);
+}
+
 void by_boxes(const ConvShape& s, const Boxes& boxes, Dtype dtype, Address image, Address weight,
               Address bias, const PoolAddresses& to, Address workspace, const Exec& exec) {
     const Way way = boxes.way;
     const PoolPlan& plan = boxes.plan;
-    const MmaBoxes& mma = boxes.mma;
+    const LoopBoxes& by = boxes.by;
     pack_weights<false>(s, dtype, way, weight, workspace, exec);
     TapPlan p = tap_plan<false>(s, dtype, way, Gate::none);
     const auto grid = [&](int columns) {
@@ -112,8 +119,8 @@ void by_boxes(const ConvShape& s, const Boxes& boxes, Dtype dtype, Address image
         return tap_grid(std::int64_t(p.column_tiles) * plan.x.tiles * plan.y.tiles * p.groups *
                         s.batch);
     };
-    if (way != Way::fma)
-        return with_factors(way, dtype, [&](auto factors) {
+    if (boxes.loops())
+        return with_loop_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
             const T* const source = image.as<const T>();
@@ -122,23 +129,23 @@ void by_boxes(const ConvShape& s, const Boxes& boxes, Dtype dtype, Address image
                 using Loop = std::decay_t<decltype(loop)>;
                 const int maps = Tile::kM * Tile::kN * int(sizeof(float));
                 const dim3 blocks = grid(Tile::kN);
-                launch(conv2d_relu_max_pool2d_mma_kernel<Factors, Tile, Loop>, blocks,
+                launch(conv2d_relu_max_pool2d_loop_kernel<Factors, Tile, Loop>, blocks,
                        dim3(Tile::kThreads), std::max(loop.bytes(), maps), exec, p, plan, loop,
                        workspace.as<const T>(), bias.as<const T>(), to.of<T>());
             };
-            const auto by_patch = [&](auto tile) {
-                run(tile,
-                    ByPatch<Factors, decltype(tile)>{source, mma.patch(plan.y.box, plan.x.box)});
-            };
-            const auto others = [&](auto tile) {
-                using Tile = decltype(tile);
-                if (mma.by_halo) return run(tile, ByHalo<Factors, Tile>{source, mma.halo});
-                run(tile, ByTaps<Factors, Tile>{source});
-            };
-            if (mma.by_patch)
-                p.padded_columns % 96 == 0 ? by_patch(MergedMmaTile{}) : by_patch(MediumMmaTile{});
-            else
+            if (by.patches)
+                return with_patch_tile<Factors>(p.padded_columns, [&](auto tile) {
+                    using Tile = decltype(tile);
+                    run(tile, ByPatch<Factors, Tile>{source, by.patch(plan.y.box, plan.x.box)});
+                });
+            if constexpr (!std::is_same_v<Factors, Fma>) {
+                const auto others = [&](auto tile) {
+                    using Tile = decltype(tile);
+                    if (by.halos) return run(tile, ByHalo<Factors, Tile>{source, by.halo});
+                    run(tile, ByTaps<Factors, Tile>{source});
+                };
                 p.padded_columns == 16 ? others(NarrowMmaTile{}) : others(MediumMmaTile{});
+            }
         });
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(image);
@@ -153,10 +160,16 @@ void by_boxes(const ConvShape& s, const Boxes& boxes, Dtype dtype, Address image
     });
 }
 
-// Whether blocks of the tensor cores have all channels of their pixels, as many as a warp sees.
+// Bytes of a pool that the caller does not keep, which lies at the beginning of the workspace.
+std::int64_t own_pool(const PoolShape& pool, Dtype dtype) {
+    return (pool.outputs() * element_bytes(dtype) + 15) / 16 * 16;
+}
+
+// Whether blocks have all channels of their pixels, as many as a warp sees, in shared memory at
+// once.
 bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
-    return boxes.pay && boxes.way != Way::fma && s.groups == 1 &&
-           size / 2 <= WarpNorm<float>::kReach && boxes.mma.p.padded_columns <= MergedMmaTile::kN;
+    return boxes.pay && boxes.loops() && s.groups == 1 && size / 2 <= WarpNorm<float>::kReach &&
+           boxes.by.p.padded_columns <= MergedMmaTile::kN;
 }
 
 }  // namespace
@@ -207,7 +220,7 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
 std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, bool pooled, const Exec& exec) {
     const std::int64_t bytes = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
-    return pooled ? bytes : (bytes + 15) / 16 * 16 + pool.outputs() * element_bytes(dtype);
+    return pooled ? bytes : bytes + own_pool(pool, dtype);
 }
 
 void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, const NormShape& norm,
@@ -220,8 +233,8 @@ void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, cons
         return by_boxes(s, boxes, dtype, image, weight, bias, to, workspace, exec);
     }
     if (!pooled) {
-        const auto own = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
-        pooled = {workspace.as<char>() + (own + 15) / 16 * 16};
+        pooled = workspace;
+        workspace = {workspace.as<char>() + own_pool(pool, dtype)};
     }
     conv2d_relu_max_pool2d(s, pool, dtype, image, weight, bias, pooled, switches, {}, {}, workspace,
                            exec);

@@ -212,7 +212,7 @@ constexpr int gradient_shared_bytes =
     Tile::kSharedBytes + 2 * PixelTiles<T, Tile>::kDepth * int(sizeof(Piece));
 
 template <typename Factors, typename Tile, typename Source>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     weight_gradient_mma_kernel(GradientPlan p, const typename Factors::T* image_values,
                                Source source, float* partial) {
     using T = typename Factors::T;

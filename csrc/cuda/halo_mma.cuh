@@ -268,7 +268,7 @@ __device__ __forceinline__ void halo_product(const TapPlan& p, const HaloPlan& h
 }
 
 template <typename Factors, typename Tile, bool kTransposed, typename Source>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     halo_mma_kernel(TapPlan p, HaloPlan h, Source source, const typename Factors::T* packed,
                     const typename Factors::T* bias, const typename Factors::T* forward,
                     void* result) {
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 }
 
 template <typename Factors, bool kTransposed, typename Source>
-void launch_halo_mma(const MmaPlan<kTransposed>& plan, const Source& source, Address packed,
+void launch_halo_mma(const LoopPlan<kTransposed>& plan, const Source& source, Address packed,
                      Address partial, Address bias, Address forward, Address result,
                      const Exec& exec) {
     using T = typename Factors::T;
@@ -311,7 +311,7 @@ void launch_halo_mma(const MmaPlan<kTransposed>& plan, const Source& source, Add
                HaloShared<Tile>::kBytes, exec, p, plan.halo, source, packed.as<const T>(),
                bias.as<const T>(), forward.as<const T>(), result.value);
     };
-    with_mma_cut<Factors, kTransposed, false>(plan.tap, partial, bias, forward, result, exec, run);
+    with_tap_cut<Factors, kTransposed, false>(plan.tap, partial, bias, forward, result, exec, run);
 }
 
 }  // namespace zfcuda

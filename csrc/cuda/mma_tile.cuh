@@ -26,12 +26,14 @@
 
 namespace zfcuda {
 
-// Factors of a product: what is stored (T), and d += a b of two pairs of pieces.
+// Factors of a product: what is stored (T), the first architecture that multiplies it, and
+// d += a b of two pairs of pieces.
 
 // tf32, float32 with 10 bits of fraction. Nothing is converted here: the right factor was rounded
 // when it was packed, the low bits of the left one are ignored, which truncates it.
 struct Tf32 {
     using T = float;
+    static constexpr int kSince = 80;
     struct Left {
         std::uint32_t bits[4];
     };
@@ -47,6 +49,7 @@ struct Tf32 {
 // come first. The difference to an infinity is NaN: so are the sums it enters.
 struct Tf32x3 {
     using T = float;
+    static constexpr int kSince = 80;
     struct Left {
         std::uint32_t bits[4], small[4];
     };
@@ -73,6 +76,7 @@ struct Tf32x3 {
 template <typename Half>
 struct Halves {
     using T = Half;
+    static constexpr int kSince = std::is_same_v<Half, __half> ? 75 : 80;
     struct Left {
         std::uint32_t bits[4];
     };
@@ -85,10 +89,9 @@ struct Halves {
     }
 };
 
-// Whether the architecture multiplies such factors: before sm_80 there is fp16 alone, and the
-// kernels of the others, which never run there, are empty.
+// Whether this architecture does: the kernels of others, which never run there, are empty.
 template <typename Factors>
-constexpr bool kMultiplies = kArch >= 80 || std::is_same_v<typename Factors::T, __half>;
+constexpr bool kMultiplies = kArch >= Factors::kSince;
 
 using Piece = Vector<std::uint32_t, 4>;
 
@@ -98,7 +101,8 @@ struct MmaTile {
     static constexpr int kM = kBlockM, kN = kBlockN;
     static constexpr int kWarpM = kRowsOfWarp, kWarpN = kColumnsOfWarp;
     static constexpr int kThreads = kM / kWarpM * (kN / kWarpN) * 32;
-    static constexpr int kPieces = 4;  // of a row at a time
+    static constexpr int kResident = 2;  // blocks on a multiprocessor
+    static constexpr int kPieces = 4;    // of a row at a time
     static constexpr int kStages = 3;
     static constexpr int kStagePieces = (kM + kN) * kPieces;
     static constexpr int kSharedBytes = kStages * kStagePieces * int(sizeof(Piece));

@@ -1,8 +1,9 @@
-// What a block of patch_mma.cuh reads of an image of few channels: a rectangle of it, in which the
-// runs of all its pixels lie (or several, one below the other, where strips end: see halo.cuh).
+// What a block of patch_product.cuh reads of an image of few channels: a rectangle of it, in which
+// the runs of all its pixels lie (or several, one below the other, where strips end: see halo.cuh).
 #pragma once
 
 #include "halo.cuh"
+#include "mma_tile.cuh"
 
 namespace zfcuda {
 
@@ -11,8 +12,9 @@ struct PatchPlan {
     int tall;                 // rows from a strip of an image to the next one
     int second;               // words from a copy of the patch to the other, or 0
     bool interleaved;         // the pixels of a matrix's rows, see patch_pixel
-    int words;                // of all runs one after the other, filled up to whole chunks
-    std::int64_t bytes;       // of both copies and the table of these words
+    // Of all runs one after the other, filled up to whole chunks; 0 by FMA, which needs no table.
+    int words;
+    std::int64_t bytes;  // of both copies and the table of these words
 };
 
 // How often the banks must serve the words of a fragment whose rows are pixels `apart` elements
@@ -46,12 +48,13 @@ inline PatchPlan patch_plan(const TapPlan& p, int bytes, std::int64_t lines, std
     const std::int64_t words = rows * pitch;
     h.rows = static_cast<int>(rows), h.pitch = static_cast<int>(pitch * per_word);
     h.length = static_cast<int>(last) + p.run;
-    h.words = static_cast<int>((p.y.kernel * p.channels / per_word + 15) / 16 * 16);
+    if (p.way != Way::fma)
+        h.words = static_cast<int>((p.y.kernel * p.channels / per_word + 15) / 16 * 16);
     h.tall = static_cast<int>((p.y.size - std::int64_t(1)) * p.y.stride + span);
     const std::int64_t second = bytes == 2 && step % 2 != 0 ? (words + 15) / 32 * 32 + 16 : 0;
     h.second = static_cast<int>(second);
     h.bytes = 4 * (second + words) + 8 * h.words;
-    h.interleaved = patch_passes(2 * step, bytes) < patch_passes(step, bytes);
+    h.interleaved = p.way != Way::fma && patch_passes(2 * step, bytes) < patch_passes(step, bytes);
     return h;
 }
 
@@ -61,7 +64,7 @@ inline PatchPlan patch_plan(TapPlan& p, int bytes) {
         const std::int64_t strips = line_ends(std::int64_t(strip) * p.y.size, pixels);
         return patch_plan(p, bytes, 1 + line_ends(strip, pixels), strip, strips);
     };
-    choose_strips(p, kPatchBytes,
+    choose_strips(p, patch_bytes(p.way),
                   [&](int strip, int pixels) { return measured(strip, pixels).bytes; });
     return measured(p.strip, p.block_pixels);
 }
@@ -93,6 +96,53 @@ __device__ inline TapPixel patch_row(const TapBlock<false>& block, const TapPlan
 // The pixel of a row of the tile: itself, or of each 16 the even ones first.
 __device__ __forceinline__ int patch_pixel(const PatchPlan& h, int row) {
     return h.interleaved ? (row & ~15) | (row & 7) << 1 | (row >> 3 & 1) : row;
+}
+
+// A word of the runs: where it is from a pixel's first one, and the bits that belong to them.
+struct alignas(8) RunWord {
+    int offset;
+    std::uint32_t mask;
+};
+
+// Shared memory: the stages of the weights, the table of words, and the patch.
+template <typename Tile>
+struct PatchShared {
+    static constexpr int kStage = Tile::kN * Tile::kPieces;
+    static constexpr int kStages = Tile::kStages * kStage * int(sizeof(Piece));
+    Piece* stages;
+    RunWord* table;
+    std::uint32_t* patch;
+
+    __device__ PatchShared(Piece* shared, const PatchPlan& h)
+        : stages(shared),
+          table(reinterpret_cast<RunWord*>(shared + kStages / 16)),
+          patch(reinterpret_cast<std::uint32_t*>(table + h.words)) {}
+    static std::size_t bytes(const PatchPlan& h) { return kStages + h.bytes; }
+};
+
+// Fills the patch: a warp a row, lanes along its elements.
+template <typename T, int kThreads, typename RowOf>
+__device__ __forceinline__ void bring_patch(const TapPlan& p, const PatchPlan& h, const T* image,
+                                            std::uint32_t* patch, RowOf&& row_of) {
+    const int lane = threadIdx.x % 32;
+    for (int row = threadIdx.x / 32; row < h.rows; row += kThreads / 32) {
+        const TapPixel begin = row_of(row);
+        const bool inside = static_cast<unsigned>(begin.y) < static_cast<unsigned>(p.height);
+        const int low = inside ? -begin.x * p.pixel : h.pitch;
+        const int high = (p.width - begin.x) * p.pixel;
+        T* const to = reinterpret_cast<T*>(patch) + row * h.pitch;
+        for (int e = lane; e < h.pitch; e += 32) {
+            const bool reads = e >= low && e < high && e < h.length;
+            const T* const from = image + begin.offset + e;
+            if constexpr (sizeof(T) == 4) {
+                cp_async<4>(to + e, from, reads ? 4 : 0);
+            } else {
+                const T value = reads ? *from : T(0.0f);
+                to[e] = value;
+                if (h.second != 0 && e + 1 < h.pitch) (to + 2 * h.second)[e + 1] = value;
+            }
+        }
+    }
 }
 
 }  // namespace zfcuda

@@ -39,7 +39,10 @@
 // instructions of a chunk, with the table in 184. Rejected on paper: weights that stay in shared
 // memory while a block goes on from tile to tile: 57 KiB of them leave one block an SM and nobody
 // to multiply while it pools; and of the 192 cycles that an A100 multiplies for eight products of
-// k, loads and stores of shared memory take 112 with resident weights, 160 without.
+// k, loads and stores of shared memory take 112 with resident weights, 160 without. And, with a
+// pool, blocks that walk down a strip of windows and keep the row of maps that these share: of
+// conv1 they multiply 1.19 times its pixels (55 windows in two strips of 28; one more step at the
+// top), boxes 1.28 times, but their maps take 72 KiB instead of 48, which leaves a 4090 one block.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
@@ -47,28 +50,6 @@
 #include "tap_mma.cuh"
 
 namespace zfcuda {
-
-// A word of the runs: where it is from a pixel's first one, and the bits that belong to them.
-struct alignas(8) RunWord {
-    int offset;
-    std::uint32_t mask;
-};
-
-// Shared memory: the stages of the weights, the table of words, and the patch.
-template <typename Tile>
-struct PatchShared {
-    static constexpr int kStage = Tile::kN * Tile::kPieces;
-    static constexpr int kStages = Tile::kStages * kStage * int(sizeof(Piece));
-    Piece* stages;
-    RunWord* table;
-    std::uint32_t* patch;
-
-    __device__ PatchShared(Piece* shared, const PatchPlan& h)
-        : stages(shared),
-          table(reinterpret_cast<RunWord*>(shared + kStages / 16)),
-          patch(reinterpret_cast<std::uint32_t*>(table + h.words)) {}
-    static std::size_t bytes(const PatchPlan& h) { return kStages + h.bytes; }
-};
 
 // Fills the table.
 template <typename T, int kThreads>
@@ -84,40 +65,13 @@ __device__ __forceinline__ void list_words(const TapPlan& p, const PatchPlan& h,
     }
 }
 
-// Fills the patch: a warp a row, lanes along its elements.
-template <typename T, int kThreads, typename RowOf>
-__device__ __forceinline__ void bring_patch(const TapPlan& p, const PatchPlan& h, const T* image,
-                                            std::uint32_t* patch, RowOf&& row_of) {
-    const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 32; row < h.rows; row += kThreads / 32) {
-        const TapPixel begin = row_of(row);
-        const bool inside = static_cast<unsigned>(begin.y) < static_cast<unsigned>(p.height);
-        const int low = inside ? -begin.x * p.pixel : h.pitch;
-        const int high = (p.width - begin.x) * p.pixel;
-        T* const to = reinterpret_cast<T*>(patch) + row * h.pitch;
-        for (int e = lane; e < h.pitch; e += 32) {
-            const bool reads = e >= low && e < high && e < h.length;
-            const T* const from = image + begin.offset + e;
-            if constexpr (sizeof(T) == 4) {
-                cp_async<4>(to + e, from, reads ? 4 : 0);
-            } else {
-                const T value = reads ? *from : T(0.0f);
-                to[e] = value;
-                if (h.second != 0 && e + 1 < h.pitch) (to + 2 * h.second)[e + 1] = value;
-            }
-        }
-    }
-}
-
 // The main loop. `base_of(pixel)` is patch_base, `row_of(row)` patch_row; every thread may use the
 // shared memory again afterwards.
 template <typename Factors, typename Tile, typename BaseOf, typename RowOf>
-__device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan& h,
-                                              const typename Factors::T* image, int first_column,
-                                              const typename Factors::T* packed,
-                                              const PatchShared<Tile>& shared,
-                                              typename Tile::Accumulator& sum, BaseOf&& base_of,
-                                              RowOf&& row_of) {
+__device__ __forceinline__ void patch_product_by_mma(
+    const TapPlan& p, const PatchPlan& h, const typename Factors::T* image, int first_column,
+    const typename Factors::T* packed, const PatchShared<Tile>& shared,
+    typename Tile::Accumulator& sum, BaseOf&& base_of, RowOf&& row_of) {
     using T = typename Factors::T;
     using Shared = PatchShared<Tile>;
     constexpr int kN = Tile::kN, kStages = Tile::kStages, kPieces = Tile::kPieces;
@@ -185,37 +139,6 @@ __device__ __forceinline__ void patch_product(const TapPlan& p, const PatchPlan&
     }
     cp_async_wait<0>();
     __syncthreads();
-}
-
-template <typename Factors, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
-    patch_mma_kernel(TapPlan p, PatchPlan h, const typename Factors::T* image,
-                     const typename Factors::T* packed, const typename Factors::T* bias,
-                     const typename Factors::T* forward, void* result) {
-    if constexpr (!kMultiplies<Factors>) return never_launched();
-    ZF_DYNAMIC_SHARED(Piece, memory);
-    const auto block = tap_block<false, Tile::kN>(p);
-    typename Tile::Accumulator sum = {};
-    patch_product<Factors, Tile>(
-        p, h, image, block.first_column, packed, PatchShared<Tile>(memory, h), sum,
-        [&](int pixel) { return patch_base(block, p, h, pixel); },
-        [&](int row) { return patch_row(block, p, h, row); });
-    store_results<Tile>(p, block, sum, reinterpret_cast<TapPixel*>(memory), bias, forward, result,
-                        [&](int row) { return patch_pixel(h, row); });
-}
-
-template <typename Factors>
-void launch_patch_mma(const MmaPlan<false>& plan, Address image, Address packed, Address partial,
-                      Address bias, Address forward, Address result, const Exec& exec) {
-    using T = typename Factors::T;
-    const auto run = [&](auto tile, const TapPlan& p, dim3 grid, Address bias, Address forward,
-                         Address result) {
-        using Tile = decltype(tile);
-        launch(patch_mma_kernel<Factors, Tile>, grid, dim3(Tile::kThreads),
-               PatchShared<Tile>::bytes(plan.patch), exec, p, plan.patch, image.as<const T>(),
-               packed.as<const T>(), bias.as<const T>(), forward.as<const T>(), result.value);
-    };
-    with_mma_cut<Factors, false, true>(plan.tap, partial, bias, forward, result, exec, run);
 }
 
 }  // namespace zfcuda

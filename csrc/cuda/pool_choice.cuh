@@ -23,20 +23,20 @@ inline int box_pixels(const ConvShape& s, Dtype dtype) {
     return dtype == Dtype::float64 ? 64 : narrow(s.out_per_group(), dtype) ? 256 : 128;
 }
 
-// The plan of the product on the tensor cores: the loop that the convolution by itself would have,
-// so that the sums are the same.
-struct MmaBoxes {
+// The plan of a product on the tensor cores or by patches: the loop that the convolution by itself
+// would have, so that the sums are the same.
+struct LoopBoxes {
     TapPlan p;
     int bytes, pieces;  // of an element; of a pixel
-    bool by_patch, by_halo;
+    bool patches, halos;
     HaloPlan halo = {};
 
-    MmaBoxes(const ConvShape& s, Dtype dtype, Way way)
+    LoopBoxes(const ConvShape& s, Dtype dtype, Way way)
         : p(tap_plan<false>(s, dtype, way, Gate::none)),
           bytes(static_cast<int>(element_bytes(dtype))),
           pieces(p.channels * bytes / 16),
-          by_patch(p.run != 0),
-          by_halo(!by_patch && halo_pays(p, pieces)) {
+          patches(p.run != 0),
+          halos(!patches && halo_pays(p, pieces)) {
         halo.y = halo_axis<false>(p.y), halo.x = halo_axis<false>(p.x);
     }
     PatchPlan patch(std::int64_t height, std::int64_t width) const {
@@ -45,11 +45,10 @@ struct MmaBoxes {
     // Chooses boxes that its tiles hold; false if there are none.
     bool choose(PoolPlan& plan) {
         const bool found = plan.choose(kBlockPixels, [&](std::int64_t height, std::int64_t width) {
-            if (by_patch) return patch(height, width).bytes <= kPatchBytes;
-            return !by_halo ||
-                   (height + halo.y.span) * halo_pitch(width, halo.x.span) <= kHaloSlots;
+            if (patches) return patch(height, width).bytes <= patch_bytes(p.way);
+            return !halos || (height + halo.y.span) * halo_pitch(width, halo.x.span) <= kHaloSlots;
         });
-        if (found && by_halo) halo.set(plan.y.box + halo.y.span, plan.x.box, pieces);
+        if (found && halos) halo.set(plan.y.box + halo.y.span, plan.x.box, pieces);
         return found;
     }
 };
@@ -59,16 +58,15 @@ struct MmaBoxes {
 struct Boxes {
     PoolPlan plan;
     Way way;
-    MmaBoxes mma;
+    LoopBoxes by;
     bool pay = false;
 
     // `given` is the way of the convolution by itself, whose sums are the same.
     Boxes(const ConvShape& s, const PoolShape& pool, Dtype dtype, bool maximum, Way given,
           const Exec& exec)
-        : plan(pool, maximum), way(given), mma(s, dtype, given) {
-        const bool by_fma = way == Way::fma;
+        : plan(pool, maximum), way(given), by(s, dtype, given) {
         if ((maximum && pool.gaps()) ||
-            !(by_fma ? plan.choose(box_pixels(s, dtype)) : mma.choose(plan)))
+            !(loops() ? by.choose(plan) : plan.choose(box_pixels(s, dtype))))
             return;
         const std::int64_t bytes = element_bytes(dtype), maps = s.batch * s.maps().step_image();
         const std::int64_t memory = 2 * maps * bytes / memory_bytes(exec);  // written, and read
@@ -76,6 +74,8 @@ struct Boxes {
             cycles(s, dtype, exec) * 8 <= (conv2d_cycles(s, dtype, way, exec) + kPass + memory) * 9;
     }
 
+    // Whether the product is a loop of pool_product.cuh that keeps the maps of a block as a whole.
+    bool loops() const { return way != Way::fma || by.patches; }
     std::int64_t cycles(const ConvShape& s, Dtype dtype, const Exec& exec) const {
         const int bytes = static_cast<int>(element_bytes(dtype));
         const TapPlan p = choice_plan<false>(s, dtype, way);

@@ -6,10 +6,10 @@
 //            |     |  <----  +---------+ pixels, the rows   operands are free by then
 //            +-----+         +---------+ of the product
 //
-// The product is that of tap_gemm.cuh or, on the tensor cores, of tap_mma.cuh, with the pixels of
-// the box as its rows, so that the sums are those of conv2d_relu.cu where that does not split them
-// (tap_split.cuh); then the maps go to shared memory where the operands lay (by FMA as many
-// channels at a time as fit where the left one did), and each thread looks through windows of them.
+// The product is that of any loop of tap_gemm.cuh, with the pixels of the box as its rows, so that
+// the sums are those of conv2d_relu.cu where that does not split them (tap_split.cuh); then the
+// maps go to shared memory where the operands lay (of tap_product.cuh as many channels at a time as
+// fit where the left one did), and each thread looks through windows of them.
 // Boxes overlap by what windows share: for 3 x 3 of stride 2 the 25 windows of a block read 11 x 11
 // pixels, of which they own 10 x 10: 1.21 times the work of the convolution alone, for maps that
 // are never in memory.
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     }
 }
 
-// The main loops of the tensor cores, for the pixels of a box.
+// The other main loops, for the pixels of a box.
 template <typename Factors, typename Tile>
 struct ByTaps {
     using T = typename Factors::T;
@@ -131,16 +131,16 @@ struct ByPatch {
     }
 };
 
-// The same on the tensor cores, in NHWC: tap_mma.cuh, halo_mma.cuh or patch_mma.cuh; by the last
+// The same with one of these, in NHWC: tap_mma.cuh, halo_mma.cuh or patch_product.cuh; by the last
 // all 96 maps of ZFNet's first layer in one block. The maps, at most 48 KiB, take the place of what
 // was multiplied. Eight lanes write four packs of two rows at once: where a row fills the banks,
 // the two differ in the half of the banks that they write.
 template <typename Factors, typename Tile, typename Loop>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
-    conv2d_relu_max_pool2d_mma_kernel(TapPlan p, PoolPlan pool, Loop loop,
-                                      const typename Factors::T* packed,
-                                      const typename Factors::T* bias,
-                                      PoolResults<typename Factors::T> results) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    conv2d_relu_max_pool2d_loop_kernel(TapPlan p, PoolPlan pool, Loop loop,
+                                       const typename Factors::T* packed,
+                                       const typename Factors::T* bias,
+                                       PoolResults<typename Factors::T> results) {
     using T = typename Factors::T;
     constexpr int kN = Tile::kN;
     if constexpr (!kMultiplies<Factors>) return never_launched();

@@ -40,30 +40,30 @@
 #include <algorithm>
 
 #include "mma_tile.cuh"
-#include "patch.cuh"
+#include "patch_fma.cuh"
 #include "tap_weights.cuh"
 #include "tile.cuh"
 
 namespace zfcuda {
 
-// The main loops of the tensor cores: tap_mma.cuh, halo_mma.cuh, patch_mma.cuh.
-enum class MmaLoop { taps, halo, patch };
+// The main loops that have blocks of their own: tap_mma.cuh, halo_mma.cuh, patch_product.cuh.
+enum class MainLoop { taps, halo, patch };
 
 // Which of them runs a product, and on which blocks. `bytes` are those of an element.
 template <bool kTransposed>
-struct MmaPlan {
+struct LoopPlan {
     TapPlan tap;
-    MmaLoop loop = MmaLoop::taps;
+    MainLoop loop = MainLoop::taps;
     HaloPlan halo = {};
     PatchPlan patch = {};
 
-    MmaPlan(const TapPlan& plan, int bytes) : tap(plan) {
+    LoopPlan(const TapPlan& plan, int bytes) : tap(plan) {
         const int pieces = tap.channels * bytes / 16;
         if (tap.run != 0) {
-            loop = MmaLoop::patch;
+            loop = MainLoop::patch;
             patch = patch_plan(tap, bytes);
         } else if (kTransposed || halo_pays(tap, pieces)) {
-            loop = MmaLoop::halo;
+            loop = MainLoop::halo;
             halo = halo_plan<kTransposed>(tap, pieces);
             tap.by_channels = true;
         }
@@ -87,6 +87,8 @@ using DoubleTile = Tile<double, 64, 64>;
 //                                                  (resident, work, latency)
 constexpr TileCost kSquareTile = tile_cost<SquareTile>(2, 2300, 2800);
 constexpr TileCost kPlainTile = tile_cost<PlainTile>(2, 1700, 2100);
+constexpr TileCost kMergedTile = tile_cost<PatchTile<96>>(2, 1800, 2200);
+constexpr TileCost kMergedPlainTile = tile_cost<PatchTile<64>>(2, 1300, 1700);
 constexpr TileCost kNarrowTile = tile_cost<NarrowTile>(2, 1500, 1900);
 constexpr TileCost kDoubleTile = tile_cost<DoubleTile>(1, 1400, 1400);
 constexpr TileCost kWideMmaTile = tile_cost<WideMmaTile>(2, 600, 750);
@@ -139,9 +141,12 @@ inline TapCut tile_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool
 
 // The tile that a product has where it has not the wide one of its way; that of a fused pool.
 inline TileCost small_tile(const TapPlan& p, int bytes) {
-    if (p.way == Way::fma)
+    const bool thirds = p.run != 0 && p.padded_columns % 96 == 0;
+    if (p.way == Way::fma) {
+        if (p.run != 0) return thirds ? kMergedTile : kMergedPlainTile;
         return bytes == 8 ? kDoubleTile : p.padded_columns == 16 ? kNarrowTile : kPlainTile;
-    if (p.run != 0) return p.padded_columns % 96 == 0 ? kMergedMmaTile : kMediumMmaTile;
+    }
+    if (thirds) return kMergedMmaTile;
     return p.padded_columns == 16 ? kNarrowMmaTile : kMediumMmaTile;
 }
 
@@ -172,8 +177,8 @@ inline TapCut tap_cut(const TapPlan& p, int bytes, bool square, bool may_split, 
 template <bool kTransposed>
 TapPlan choice_plan(const ConvShape& s, Dtype dtype, Way way) {
     const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
-    if (way == Way::fma) return p;
-    return MmaPlan<kTransposed>(p, static_cast<int>(element_bytes(dtype))).tap;
+    if (way == Way::fma && p.run == 0) return p;
+    return LoopPlan<kTransposed>(p, static_cast<int>(element_bytes(dtype))).tap;
 }
 
 // Cycles of a convolution by itself.

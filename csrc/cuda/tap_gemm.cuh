@@ -22,11 +22,14 @@
 // its source tile once for each column tile, the taps' overlap coming from L1, and writes each
 // result once. The main loop is tap_product.cuh, by FMA: float64, and float32 and halves where the
 // tensor cores do not serve. These have three loops: from halos (halo_mma.cuh), from each tap
-// (tap_mma.cuh), and from patches of images of few channels (patch_mma.cuh). The weights are packed
-// first (a transposition of at most megabytes) so that every block reads them as 16-byte packs.
+// (tap_mma.cuh), and from patches of images of few channels (patch_mma.cuh), which also float32 by
+// FMA has (patch_fma.cuh). The weights are packed first (a transposition of at most megabytes) so
+// that every block reads them as 16-byte packs.
 //
 //   results      a thread   FMA a shared load   for
 //   128 x 128    16 x 8     21.3                float32, NHWC by four channels, many pixels
+//   128 x 96     8 x 12     8.7                 float32, NHWC, few channels (patch_fma.cuh)
+//   128 x 64     8 x 8      6.4                 likewise, maps that are not so many thirds
 //   128 x 64     8 x 4      10.7                the others
 //   256 x 16     4 x 4      8                   groups with few result channels
 //   64 x 64      4 x 4      4                   float64
@@ -48,7 +51,7 @@
 #pragma once
 
 #include "halo_mma.cuh"
-#include "patch_mma.cuh"
+#include "patch_product.cuh"
 #include "tap_product.cuh"
 
 namespace zfcuda {
@@ -207,18 +210,22 @@ void tap_gemm(const ConvShape& s, Dtype dtype, Way way, Gate gate, Address sourc
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             using T = typename Factors::T;
-            const MmaPlan<kTransposed> plan(p, sizeof(T));
+            const LoopPlan<kTransposed> plan(p, sizeof(T));
             if constexpr (!kTransposed) {
-                if (plan.loop == MmaLoop::patch)
-                    return launch_patch_mma<Factors>(plan, source, packed, partial, bias, mask,
-                                                     result, exec);
-                if (plan.loop == MmaLoop::taps)
+                if (plan.loop == MainLoop::patch)
+                    return launch_patch<Factors>(plan, source, packed, partial, bias, mask, result,
+                                                 exec);
+                if (plan.loop == MainLoop::taps)
                     return launch_tap_mma<Factors>(plan.tap, source, packed, partial, bias, mask,
                                                    result, exec);
             }
             launch_halo_mma<Factors, kTransposed>(plan, tensor(T{}), packed, partial, bias, mask,
                                                   result, exec);
         });
+    if constexpr (!kTransposed)
+        if (p.run != 0)
+            return launch_patch<Fma>(LoopPlan<false>(p, sizeof(float)), source, packed, partial,
+                                     bias, mask, result, exec);
     const bool channels_last = s.channels_last != 0;
     const bool vector = channels_last && p.channels % 4 == 0 && aligned(source, forward);
     with_variant(p, dtype, channels_last, vector, [&](auto variant) {

@@ -181,7 +181,7 @@ __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<k
 }
 
 template <typename Factors, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     tap_mma_kernel(TapPlan p, const typename Factors::T* source, const typename Factors::T* packed,
                    const typename Factors::T* bias, const typename Factors::T* forward,
                    void* result) {
@@ -204,27 +204,36 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
     dtype == Dtype::float16 ? body(Halves<__half>{}) : body(Halves<__nv_bfloat16>{});
 }
 
+// body(Tile{}) for so many columns of merged rows.
+template <typename Factors, typename Body>
+void with_patch_tile(int columns, Body&& body) {
+    constexpr bool kFma = std::is_same_v<Factors, Fma>;
+    using Thirds = std::conditional_t<kFma, PatchTile<96>, MergedMmaTile>;
+    using Others = std::conditional_t<kFma, PatchTile<64>, MediumMmaTile>;
+    columns % Thirds::kN == 0 ? body(Thirds{}) : body(Others{});
+}
+
 // body(Tile{}) for the tile that was chosen.
 template <typename Factors, bool kPatch, typename Body>
-void with_mma_tile(const TapCut& cut, Body&& body) {
+void with_tap_tile(const TapCut& cut, Body&& body) {
     if constexpr (kPatch) {
-        if (cut.columns == MergedMmaTile::kN) return body(MergedMmaTile{});
+        with_patch_tile<Factors>(cut.columns, body);
     } else {
         if (cut.columns == NarrowMmaTile::kN) return body(NarrowMmaTile{});
         if constexpr (!std::is_same_v<Factors, Tf32x3>)
             if (cut.columns == WideMmaTile::kN) return body(WideMmaTile{});
+        body(MediumMmaTile{});
     }
-    body(MediumMmaTile{});
 }
 
 // Launches a product in tiles and splits as they are chosen: run(tile, p, grid, bias, forward,
 // result) launches its kernel.
 template <typename Factors, bool kTransposed, bool kPatch, typename Run>
-void with_mma_cut(const TapPlan& plan, Address partial, Address bias, Address forward,
+void with_tap_cut(const TapPlan& plan, Address partial, Address bias, Address forward,
                   Address result, const Exec& exec, Run&& run) {
     using T = typename Factors::T;
     const TapCut cut = tap_cut(plan, sizeof(T), false, bool(partial), processors(exec));
-    with_mma_tile<Factors, kPatch>(cut, [&](auto tile) {
+    with_tap_tile<Factors, kPatch>(cut, [&](auto tile) {
         using Tile = decltype(tile);
         const auto product = [&](TapPlan p, Address bias, Address forward, Address result) {
             const int rows = p.block_pixels > 0 ? p.block_pixels : Tile::kM;
@@ -249,7 +258,7 @@ void launch_tap_mma(const TapPlan& plan, Address source, Address packed, Address
                p, source.as<const T>(), packed.as<const T>(), bias.as<const T>(),
                forward.as<const T>(), result.value);
     };
-    with_mma_cut<Factors, false, false>(plan, partial, bias, forward, result, exec, run);
+    with_tap_cut<Factors, false, false>(plan, partial, bias, forward, result, exec, run);
 }
 
 }  // namespace zfcuda

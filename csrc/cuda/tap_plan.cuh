@@ -141,28 +141,35 @@ inline bool halo_fits(const ConvShape& s) {
     return y < kHaloSlots && x < kHaloSlots && (y + 1) * (x + 8) <= kHaloSlots;
 }
 
+// Elements of a run by FMA, at most: patch_fma.cuh keeps the weights of two runs, at least.
+constexpr std::int64_t kMostRun = 48;
+
 // Bytes of the part of an image that a block keeps in shared memory where rows are merged, and of
 // the table of where their words are in it (patch_mma.cuh).
-constexpr std::int64_t kPatchBytes = 40 * 1024;
+constexpr std::int64_t patch_bytes(Way way) { return way == Way::fma ? 28 * 1024 : 40 * 1024; }
 
 // Whether eight pixels and all their taps fit there, twice for halves, with a table of floats.
-inline bool patch_fits(const ConvShape& s) {
+inline bool patch_fits(const ConvShape& s, Way way) {
+    const std::int64_t most = patch_bytes(way);
     const std::int64_t rows = (s.kernel_h - 1) * s.dilation_h + 1;
     const std::int64_t columns = (7 * s.stride_w + s.kernel_w) * s.in_channels;
     const std::int64_t words = s.kernel_h * s.kernel_w * s.in_channels;
-    return rows < kPatchBytes && columns < kPatchBytes && words < kPatchBytes &&
-           rows * (columns + 12) * 4 + words * 8 + 256 <= kPatchBytes;
+    return rows < most && columns < most && words < most &&
+           rows * (columns + 12) * 4 + words * 8 + 256 <= most;
 }
 
 // Whether the rows of a filter can be merged. Where its columns stand side by side, a row of it
 // meets a run of neighbours in an NHWC image: all its columns' channels. A convolution of the
 // images' three colours has seven such runs of 21 values, which fill pieces better than channels.
+// By FMA in float32 alone: halves, which it takes as floats, cannot be copied as they are.
 template <bool kTransposed>
-bool rows_merge(const ConvShape& s, Dtype dtype) {
+bool rows_merge(const ConvShape& s, Dtype dtype, Way way) {
+    if (way == Way::fma && (dtype != Dtype::float32 || s.kernel_w * s.in_channels > kMostRun))
+        return false;
     return !kTransposed && s.channels_last && dtype != Dtype::float64 &&
            !whole_pieces<kTransposed>(s, dtype) && s.groups == 1 && s.dilation_w == 1 &&
            !narrow(s.out_channels, dtype) &&
-           (s.in_width + 2 * s.padding_w) * s.in_channels < 1 << 30 && patch_fits(s);
+           (s.in_width + 2 * s.padding_w) * s.in_channels < 1 << 30 && patch_fits(s, way);
 }
 
 // Bytes of the packed weights.
@@ -171,7 +178,7 @@ std::int64_t packed_weights(const ConvShape& given, Dtype dtype, Way way) {
     const ConvShape s = product_shape<kTransposed>(given, dtype);
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
-    if (way != Way::fma && rows_merge<kTransposed>(s, dtype))
+    if (rows_merge<kTransposed>(s, dtype, way))
         return 16 * merged_pieces(s, dtype) * merged_columns(columns);
     return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
            (way == Way::fma ? sum_bytes(dtype) : element_bytes(dtype));
@@ -207,7 +214,7 @@ TapPlan tap_plan(const ConvShape& given, Dtype dtype, Way way, Gate gate) {
     p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
     p.halo_fits = halo_fits(s);
     p.rectify = static_cast<int>(gate) & kRectify;
-    if (way != Way::fma && rows_merge<kTransposed>(s, dtype)) {
+    if (rows_merge<kTransposed>(s, dtype, way)) {
         p.run = static_cast<int>(s.kernel_w * s.in_channels);
         p.pixel = p.channels;
         p.channels = static_cast<int>(merged_row(s, dtype));

@@ -200,7 +200,7 @@ template <bool kTransposed, typename... Addresses>
 Way tap_way(const ConvShape& s, Dtype dtype, const Exec& exec, Addresses... addresses) {
     const bool pieces = whole_pieces<kTransposed>(s, dtype)
                             ? !kTransposed || halo_fits(product_shape<kTransposed>(s, dtype))
-                            : rows_merge<kTransposed>(s, dtype);
+                            : rows_merge<kTransposed>(s, dtype, Way::tf32);
     if (!s.channels_last || !aligned(addresses...) || !pieces) return Way::fma;
     return mma_way(dtype, exec.precision,
                    architecture(&pack_weights_kernel<float, float, kTransposed>, exec));

@@ -44,7 +44,7 @@ void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype
         return with_factors(way, dtype, [&](auto factors) {
             using Factors = decltype(factors);
             const auto from = source(typename Factors::T{});
-            const MmaPlan<true> plan(p, sizeof(typename Factors::T));
+            const LoopPlan<true> plan(p, sizeof(typename Factors::T));
             launch_halo_mma<Factors, true>(plan, from, workspace, partial, bias, Address{}, image,
                                            exec);
         });

@@ -114,21 +114,21 @@ EXPLAINED = [
     ),
     Explained("weight_gradient_kernel", "store_vector(right + slot(buffer, i)", 2, "likewise"),
     Explained(
-        "halo_mma_kernel|conv2d_relu_max_pool2d_mma_kernel",
+        "halo_mma_kernel|conv2d_relu_max_pool2d_loop_kernel",
         "load_matrices<false>(bits, halo + left",
         2,
         "main loop: eight pixels of two images, or eight of which the last lie behind the box of a pool",
     ),
     Explained(
-        "patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel",
+        "patch_kernel|conv2d_relu_max_pool2d_loop_kernel",
         "[one.offset] & one.mask",
         2.2,
         "main loop: pixels of two lines, pieces that go on in the next row of taps (of halves; of floats where taps are"
         " apart), or (5 channels) runs at a distance that no order of the pixels keeps apart",
     ),
-    Explained("patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel", "cp_async<4>(to + e", 2, _DIVERGENT),
-    Explained("patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel", "to[e] = value", 2, _DIVERGENT),
-    Explained("patch_mma_kernel|conv2d_relu_max_pool2d_mma_kernel", "[e + 1] = value", 2, _DIVERGENT),
+    Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "cp_async<4>(to + e", 2, _DIVERGENT),
+    Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "to[e] = value", 2, _DIVERGENT),
+    Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "[e + 1] = value", 2, _DIVERGENT),
     Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
     Explained("conv2d_relu_max_pool2d", "const V value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
     Explained(

@@ -116,20 +116,23 @@ class Layer:
     def up(self) -> Iterator[Launch]:
         conv, factors, rows = self.conv, self.mode.factors, BATCH * self.conv.out_size**2
         pool = POOLED.get(conv)
-        vector, wide = (1, "128, 64") if self.few else (4, "128, 128")
         more: dict[str, float] = {}
         depth = self.depth
-        if not factors:
-            forward = rf"tap_gemm_kernel<float, Tile<float, {wide},.*false, true, {vector}, Tensor"
-            fused = rf"conv2d_relu_max_pool2d_kernel<float, Tile<float, 128, 64,.*true, {vector}>"
+        if not factors and self.few:
+            more = {"dynamic": 49_152, "read": 0.1}
+            forward = "patch_kernel<Fma, PatchTile<96>"
+            fused = "conv2d_relu_max_pool2d_loop_kernel<Fma, PatchTile<96>"
+        elif not factors:
+            forward = "tap_gemm_kernel<float, Tile<float, 128, 128,.*false, true, 4, Tensor"
+            fused = "conv2d_relu_max_pool2d_kernel<float, Tile<float, 128, 64,.*true, 4>"
         elif self.few:
             more, depth = {"dynamic": 29_000, "read": 0.1}, self.merged
-            forward = f"patch_mma_kernel<{factors}, MmaTile<128, 96,"
-            fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 96,.*ByPatch"
+            forward = f"patch_kernel<{factors}, MmaTile<128, 96,"
+            fused = f"conv2d_relu_max_pool2d_loop_kernel<{factors}, MmaTile<128, 96,.*ByPatch"
         else:
             more = {"dynamic": 80_160, "read": 2.2 * conv.stride**2 / conv.kernel**2}
             forward = f"halo_mma_kernel<{factors}, MmaTile<128, 128,.*false, Tensor"
-            fused = f"conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<128, 64,.*ByHalo"
+            fused = f"conv2d_relu_max_pool2d_loop_kernel<{factors}, MmaTile<128, 64,.*ByHalo"
         yield self.launch("forward", forward, [(rows, depth)], conv.maps, **more)
         if pool is None:
             return
@@ -190,6 +193,8 @@ def _phases(conv: Conv) -> Iterator[tuple[int, int]]:
 
 
 def _tile(kernel: Kernel) -> tuple[int, int]:
+    if by_patch := re.search(r"PatchTile<(\d+)>", kernel.name):
+        return 128, int(by_patch[1])
     found = re.search(r"Tile<(?:[a-z]+, )?(\d+), (\d+)", kernel.name)
     return (int(found[1]), int(found[2])) if found else (64, 64)
 

@@ -48,10 +48,17 @@ def _transposed(tile: str, how: str, source: str) -> str:
 def _mma(loop: str, factors: str, tile: str) -> str:
     """The convolution's products of tap_mma.cuh, halo_mma.cuh and patch_mma.cuh, with a pool or not."""
     source = r", false, TensorSource<\w+>" if loop == "halo" else ""
+    kernel = "patch_kernel" if loop == "patch" else f"{loop}_mma_kernel"
     return (
-        rf"{loop}_mma_kernel<{factors}, MmaTile<{tile}>{source} ?>$"
-        rf"|conv2d_relu_max_pool2d_mma_kernel<{factors}, MmaTile<{tile}>, By{loop.capitalize()}s?<.*>$"
+        rf"{kernel}<{factors}, MmaTile<{tile}>{source} ?>$"
+        rf"|conv2d_relu_max_pool2d_loop_kernel<{factors}, MmaTile<{tile}>, By{loop.capitalize()}s?<.*>$"
     )
+
+
+def _patch(columns: int) -> str:
+    """The convolution's products of patch_fma.cuh, with a pool or not."""
+    tile = rf"Fma, PatchTile<{columns}> ?"
+    return rf"patch_kernel<{tile}>$|conv2d_relu_max_pool2d_loop_kernel<{tile}, ByPatch<.*>$"
 
 
 def _halo_down(factors: str, tile: str, source: str) -> str:
@@ -79,6 +86,8 @@ PRODUCTS = [
     Product(_conv("double, 64, 64, 4", "false, 1"), 0.15, 3.7),
     Product(_conv("double, 64, 64, 4", "true, 1"), 0.15, 3.5),
     Product(_conv("float, 128, 128, 8", "true, 4"), 0.86, 19.6, round=0.9),
+    Product(_patch(96), 0.85, 8.7),
+    Product(_patch(64), 0.8, 6.4),
     Product(_transposed("float, 128, 64, 4", "false, 1", "Masked"), 0.37, 10.2),
     Product(_transposed("float, 128, 64, 4", "true, 1", "Masked"), 0.43, 6.4),
     Product(_transposed("float, 128, 64, 4", "true, 4", "Masked"), 0.57, 9.8),

@@ -12,8 +12,9 @@ void choose(const std::int64_t* fields, Dtype dtype, Way way, bool square, bool 
     std::copy_n(fields, sizeof s / sizeof *fields, reinterpret_cast<std::int64_t*>(&s));
     const TapPlan p = tap_plan<kTransposed>(s, dtype, way, Gate::none);
     const int bytes = static_cast<int>(element_bytes(dtype));
-    const TapCut cut = tap_cut(way == Way::fma ? p : MmaPlan<kTransposed>(p, bytes).tap, bytes,
-                               square, may_split, processors);
+    const bool plain = way == Way::fma && p.run == 0;
+    const TapCut cut = tap_cut(plain ? p : LoopPlan<kTransposed>(p, bytes).tap, bytes, square,
+                               may_split, processors);
     out[0] = cut.columns, out[1] = cut.splits, out[2] = cut.cycles;
 }
 
