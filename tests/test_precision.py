@@ -135,6 +135,14 @@ def test_convolution(backend, mode, size, filters, options):
     check_model(actual, torchs, image, weight, mode, options.get("groups", 1), merged)
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_contiguous_tensors_are_worth_copies(backend):
+    """The second layer of the paper in half precision: the same bits, of the tensor cores; see test_nchw.py."""
+    image, weight = (normal(*size).to(backend.device, torch.float16) for size in ((32, 96, 55, 55), (256, 96, 5, 5)))
+    expected = ops.conv2d_relu(image.to(memory_format=torch.channels_last), weight, stride=2)
+    assert torch.equal(ops.conv2d_relu(image, weight, stride=2), expected)
+
+
 @CUDA
 @AND_IEEE
 def test_a_merged_row_reads_its_own_pixels_alone(backend, mode):

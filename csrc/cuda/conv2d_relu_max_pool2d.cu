@@ -27,6 +27,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
+#include "layouts.cuh"
 #include "pool_choice.cuh"
 #include "pool_product.cuh"
 
@@ -64,35 +65,34 @@ struct PoolAddresses {
     }
 };
 
-// What the convolution of some images at a time, or of the rest, needs; the maps lie behind it.
-std::int64_t convolution_workspace(ConvShape s, Dtype dtype, const Exec& exec) {
-    const std::int64_t batch = s.batch;
-    s.batch = images_at_a_time(s, exec);
-    const std::int64_t bytes = conv2d_workspace(s, dtype, exec);
-    if (s.batch == 0 || batch % s.batch == 0) return bytes;
-    s.batch = batch % s.batch;
-    return std::max(bytes, conv2d_workspace(s, dtype, exec));
+// The maxima of image n.
+Address maxima_at(const PoolShape& pool, std::int64_t bytes, Address maxima, std::int64_t n) {
+    if (!maxima) return maxima;
+    return {maxima.as<char>() + n * pool.channels * bytes};
 }
 
-void one_after_the_other(ConvShape s, PoolShape pool, Dtype dtype, Address image, Address weight,
-                         Address bias, const PoolAddresses& to, Address values, Address positions,
-                         Address workspace, const Exec& exec) {
-    const std::int64_t batch = s.batch, images = images_at_a_time(s, exec);
+// What the convolution of some images at a time needs; the maps lie behind it.
+std::int64_t convolution_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    return workspace_of_parts(
+        s, exec, [&](const ConvShape& part) { return conv2d_workspace(part, dtype, exec); });
+}
+
+void one_after_the_other(const ConvShape& s, PoolShape pool, Dtype dtype, Address image,
+                         Address weight, Address bias, const PoolAddresses& to, Address values,
+                         Address positions, Address workspace, const Exec& exec) {
     const std::int64_t bytes = element_bytes(dtype);
     const Address maps{workspace.as<char>() + convolution_workspace(s, dtype, exec)};
-    for (std::int64_t n = 0; n < batch; n += images) {
-        s.batch = pool.batch = std::min(images, batch - n);
-        const std::int64_t at = n * pool.output().step_image(), first = n * pool.channels;
-        const Address from{image.as<char>() + n * s.image().step_image() * bytes};
-        const Address pooled{to.pooled.as<char>() + at * bytes};
-        const Address switches{to.switches.as<char>() + at};
-        conv2d(s, dtype, Gate::deconvnet, from, weight, bias, Address{}, maps, workspace, exec);
+    for_parts(s, exec, [&](const ConvShape& part, std::int64_t first) {
+        pool.batch = part.batch;
+        const Address from = image_at(s.image(), bytes, image, first);
+        const Address pooled = image_at(pool.output(), bytes, to.pooled, first);
+        const Address switches = image_at(pool.output(), 1, to.switches, first);
+        conv2d(part, dtype, Gate::deconvnet, from, weight, bias, Address{}, maps, workspace, exec);
         max_pool2d(pool, dtype, true, maps, pooled, switches, exec);
         if (values)
-            map_maximum(pool, dtype, maps, pooled, switches,
-                        Address{values.as<char>() + first * bytes},
-                        Address{positions.as<std::int64_t>() + first}, exec);
-    }
+            map_maximum(pool, dtype, maps, pooled, switches, maxima_at(pool, bytes, values, first),
+                        maxima_at(pool, sizeof(std::int64_t), positions, first), exec);
+    });
 }
 
 // The maxima of tiles, null where nobody asks, lie behind the packed weights.
@@ -165,6 +165,19 @@ std::int64_t own_pool(const PoolShape& pool, Dtype dtype) {
     return (pool.outputs() * element_bytes(dtype) + 15) / 16 * 16;
 }
 
+// Whether what is NCHW runs on copies in NHWC, and their bytes.
+bool by_copies(const ConvShape& s, const PoolShape& pool, Dtype dtype, const Exec& exec) {
+    const std::int64_t bytes = element_bytes(dtype);
+    const std::int64_t image = s.image().step_image(), outputs = pool.output().step_image();
+    return converts<false>(s, dtype, s.batch * (bytes * (image + outputs) + outputs), exec);
+}
+std::int64_t copied_bytes(const ConvShape& s, const PoolShape& pool, Dtype dtype, int results) {
+    const std::int64_t bytes = element_bytes(dtype);
+    return Copies::size(s.image(), s.batch, bytes) +
+           results * Copies::size(pool.output(), s.batch, bytes) +
+           Copies::size(pool.output(), s.batch, 1);
+}
+
 // Whether blocks have all channels of their pixels, as many as a warp sees, in shared memory at
 // once.
 bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
@@ -177,6 +190,12 @@ bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
 // For both ways of the convolution: the addresses decide which it takes.
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
                                               Dtype dtype, bool maximum, const Exec& exec) {
+    if (by_copies(s, pool, dtype, exec))
+        return workspace_of_parts(in_nhwc(s), exec, [&](const ConvShape& part) {
+            return copied_bytes(part, pool, dtype, 1) +
+                   conv2d_relu_max_pool2d_workspace(part, in_nhwc(pool, part.batch), dtype, maximum,
+                                                    exec);
+        });
     std::int64_t bytes = 0;
     for (const Way way : {Way::fma, tap_way<false>(s, dtype, exec)}) {
         const Boxes boxes(s, pool, dtype, maximum, way, exec);
@@ -200,6 +219,20 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                             const Exec& exec) {
     if (values && pool.in_height * pool.in_width > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: the maximum of a map of over 2^31 positions");
+    if (by_copies(s, pool, dtype, exec))
+        return for_parts(in_nhwc(s), exec, [&](const ConvShape& part, std::int64_t first) {
+            const std::int64_t bytes = element_bytes(dtype);
+            Copies copies(first, part.batch, workspace, exec);
+            const Address from = copies.in(s.image(), bytes, image);
+            const Address to = copies.room(pool.output(), bytes, output);
+            const Address where = copies.room(pool.output(), 1, switches);
+            conv2d_relu_max_pool2d(part, in_nhwc(pool, part.batch), dtype, from, weight, bias, to,
+                                   where, maxima_at(pool, bytes, values, first),
+                                   maxima_at(pool, sizeof(std::int64_t), positions, first),
+                                   copies.rest(), exec);
+            copies.out(pool.output(), bytes, to, output);
+            copies.out(pool.output(), 1, where, switches);
+        });
     const Way way = tap_way<false>(s, dtype, exec, image);
     const Boxes boxes(s, pool, dtype, bool(values), way, exec);
     const PoolAddresses to = {output, switches, tile_maxima(s, dtype, values, workspace), {}};
@@ -219,6 +252,12 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
 
 std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, bool pooled, const Exec& exec) {
+    if (by_copies(s, pool, dtype, exec))
+        return workspace_of_parts(in_nhwc(s), exec, [&](const ConvShape& part) {
+            return copied_bytes(part, pool, dtype, 2) +
+                   conv2d_relu_max_pool2d_norm_workspace(part, in_nhwc(pool, part.batch), dtype,
+                                                         pooled, exec);
+        });
     const std::int64_t bytes = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
     return pooled ? bytes : bytes + own_pool(pool, dtype);
 }
@@ -227,6 +266,23 @@ void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, cons
                                  Dtype dtype, double alpha, double beta, double k, Address image,
                                  Address weight, Address bias, Address pooled, Address output,
                                  Address switches, Address workspace, const Exec& exec) {
+    if (by_copies(s, pool, dtype, exec))
+        return for_parts(in_nhwc(s), exec, [&](const ConvShape& part, std::int64_t first) {
+            const std::int64_t bytes = element_bytes(dtype);
+            Copies copies(first, part.batch, workspace, exec);
+            const Address from = copies.in(s.image(), bytes, image);
+            const Address between = copies.room(pool.output(), bytes, pooled);
+            const Address to = copies.room(pool.output(), bytes, output);
+            const Address where = copies.room(pool.output(), 1, switches);
+            NormShape normed = norm;
+            normed.batch = part.batch, normed.channels_last = 1;
+            conv2d_relu_max_pool2d_norm(part, in_nhwc(pool, part.batch), normed, dtype, alpha, beta,
+                                        k, from, weight, bias, between, to, where, copies.rest(),
+                                        exec);
+            copies.out(pool.output(), bytes, between, pooled);
+            copies.out(pool.output(), bytes, to, output);
+            copies.out(pool.output(), 1, where, switches);
+        });
     const Boxes boxes(s, pool, dtype, false, tap_way<false>(s, dtype, exec, image), exec);
     if (normalizes(s, boxes, norm.size)) {
         const PoolAddresses to = {pooled, switches, {}, output, norm.size, alpha, beta, k};

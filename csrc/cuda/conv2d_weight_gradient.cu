@@ -28,6 +28,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include "gradient_fma.cuh"
 #include "gradient_mma.cuh"
+#include "layouts.cuh"
 #include "tap_mma.cuh"
 
 namespace zfcuda {
@@ -211,6 +212,11 @@ void by_mma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, A
     });
 }
 
+// How the tensor cores multiply it; by FMA where they do not.
+Way gradient_way(Dtype dtype, const Exec& exec) {
+    return mma_way(dtype, exec.precision, architecture(&sum_splits_kernel<float>, exec));
+}
+
 // `source_of(T{})` is the signal; `others` are the addresses of what it reads.
 template <typename SourceOf, typename... Addresses>
 void weight_gradient(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate,
@@ -218,8 +224,7 @@ void weight_gradient(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gat
                      const Exec& exec, Addresses... others) {
     const bool copied = Room(s, dtype, exec).image != 0;
     if (gradient_pieces(s, dtype) && aligned(copied ? Address{} : image, others...)) {
-        const Way way =
-            mma_way(dtype, exec.precision, architecture(&sum_splits_kernel<float>, exec));
+        const Way way = gradient_way(dtype, exec);
         if (way != Way::fma)
             return with_factors(way, dtype, [&](auto factors) {
                 using Factors = decltype(factors);
@@ -240,6 +245,28 @@ void weight_gradient(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gat
     });
 }
 
+// Whether an NCHW gradient runs on copies in NHWC, of so many bytes: where the tensor cores
+// multiply it, and FMA, 64 products a cycle and multiprocessor, would take longer than the copies.
+bool by_copies(const ConvShape& s, Dtype dtype, std::int64_t bytes, const Exec& exec) {
+    if (s.channels_last || !gradient_pieces(in_nhwc(s), dtype) ||
+        gradient_way(dtype, exec) == Way::fma)
+        return false;
+    const std::int64_t products = s.batch * s.maps().step_image() * s.in_per_group() * s.taps();
+    return products / (64 * processors(exec)) > 2 * kPass + 2 * bytes / memory_bytes(exec);
+}
+
+// The bytes of the copies for a signal with its switches, or of the size of the maps.
+std::int64_t copied_bytes(const ConvShape& s, const PoolShape& pool, Dtype dtype) {
+    const std::int64_t bytes = element_bytes(dtype);
+    return Copies::size(s.image(), s.batch, bytes) +
+           2 * Copies::size(pool.output(), s.batch, bytes) +
+           Copies::size(pool.output(), s.batch, 1);
+}
+std::int64_t copied_bytes(const ConvShape& s, Dtype dtype) {
+    const std::int64_t bytes = element_bytes(dtype);
+    return Copies::size(s.image(), s.batch, bytes) + 2 * Copies::size(s.maps(), s.batch, bytes);
+}
+
 template <typename T, bool kChannelsLast>
 void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address forward,
                    Address grad_bias, Sum<T>* partial, const Exec& exec) {
@@ -254,6 +281,8 @@ void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address f
 }  // namespace
 
 std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
+    if (const std::int64_t copied = copied_bytes(s, dtype); by_copies(s, dtype, copied, exec))
+        return copied + conv2d_weight_gradient_workspace(in_nhwc(s), dtype, exec);
     return Room(s, dtype, exec).bytes() +
            bias_splits(s, exec).count * s.out_channels * sum_bytes(dtype);
 }
@@ -261,6 +290,15 @@ std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, c
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec) {
+    if (by_copies(s, dtype, copied_bytes(s, dtype), exec)) {
+        const std::int64_t bytes = element_bytes(dtype);
+        Copies copies(0, s.batch, workspace, exec);
+        image = copies.in(s.image(), bytes, image);
+        signal = copies.in(s.maps(), bytes, signal);
+        forward = copies.in(s.maps(), bytes, forward);
+        return conv2d_weight_gradient(in_nhwc(s), dtype, gate, image, signal, forward, grad_weight,
+                                      grad_bias, copies.rest(), exec);
+    }
     const Address mask = mask_of(gate, forward);
     const Layout maps = s.maps();
     const TapSteps steps = {maps.step_image(), maps.step_channel(), maps.step_y(), maps.step_x()};
@@ -279,8 +317,10 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
     });
 }
 
-std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& s, const PoolShape&,
+std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, const Exec& exec) {
+    const std::int64_t copied = copied_bytes(s, pool, dtype);
+    if (by_copies(s, dtype, copied, exec)) return copied + Room(in_nhwc(s), dtype, exec).bytes();
     return Room(s, dtype, exec).bytes();
 }
 
@@ -288,6 +328,17 @@ void unpool_relu_weight_gradient(const ConvShape& s, const PoolShape& pool, Dtyp
                                  bool overwrite, Address image, Address signal, Address switches,
                                  Address forward, Address grad_weight, Address workspace,
                                  const Exec& exec) {
+    if (by_copies(s, dtype, copied_bytes(s, pool, dtype), exec)) {
+        const std::int64_t bytes = element_bytes(dtype);
+        Copies copies(0, s.batch, workspace, exec);
+        image = copies.in(s.image(), bytes, image);
+        signal = copies.in(pool.output(), bytes, signal);
+        switches = copies.in(pool.output(), 1, switches);
+        forward = copies.in(pool.output(), bytes, forward);
+        return unpool_relu_weight_gradient(in_nhwc(s), in_nhwc(pool, s.batch), dtype, gate,
+                                           overwrite, image, signal, switches, forward, grad_weight,
+                                           copies.rest(), exec);
+    }
     const auto source = [&](auto zero) {
         return UnpooledSource<decltype(zero)>(pool, gate, overwrite, signal, switches, forward);
     };

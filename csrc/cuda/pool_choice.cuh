@@ -70,8 +70,8 @@ struct Boxes {
             return;
         const std::int64_t bytes = element_bytes(dtype), maps = s.batch * s.maps().step_image();
         const std::int64_t memory = 2 * maps * bytes / memory_bytes(exec);  // written, and read
-        pay =
-            cycles(s, dtype, exec) * 8 <= (conv2d_cycles(s, dtype, way, exec) + kPass + memory) * 9;
+        pay = cycles(s, dtype, exec) * 8 <=
+              (product_cycles<false>(s, dtype, way, exec) + kPass + memory) * 9;
     }
 
     // Whether the product is a loop of pool_product.cuh that keeps the maps of a block as a whole.
@@ -85,15 +85,5 @@ struct Boxes {
         return loop_cycles(p, tile, factor_bytes(p, bytes), blocks, 1, processors(exec));
     }
 };
-
-// Otherwise: the convolution, then its pool, of so many images at a time that the last of some
-// waves of blocks hardly counts, and the maps of no more are in memory.
-inline std::int64_t images_at_a_time(const ConvShape& s, const Exec& exec) {
-    constexpr std::int64_t kWaves = 8, kResults = 2 * 128 * 128;  // of a multiprocessor at once
-    const std::int64_t wanted = kWaves * kResults * processors(exec);
-    const std::int64_t most = std::max<std::int64_t>(1, wanted / s.maps().step_image());
-    const std::int64_t turns = std::max<std::int64_t>(1, (s.batch + most - 1) / most);
-    return (s.batch + turns - 1) / turns;
-}
 
 }  // namespace zfcuda

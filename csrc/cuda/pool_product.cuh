@@ -134,7 +134,8 @@ struct ByPatch {
 // The same with one of these, in NHWC: tap_mma.cuh, halo_mma.cuh or patch_product.cuh; by the last
 // all 96 maps of ZFNet's first layer in one block. The maps, at most 48 KiB, take the place of what
 // was multiplied. Eight lanes write four packs of two rows at once: where a row fills the banks,
-// the two differ in the half of the banks that they write.
+// the two, one pixel apart or two (patch_pixel), differ in the half of the banks that they write;
+// and so do the windows, two pixels apart, that a warp reads.
 template <typename Factors, typename Tile, typename Loop>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     conv2d_relu_max_pool2d_loop_kernel(TapPlan p, PoolPlan pool, Loop loop,
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
     auto* const maps = reinterpret_cast<float*>(memory);
     const auto at = [](int pixel, int c) {
-        return pixel * kN + (c ^ (pixel << 4 & 16 & (kN - 1)));
+        return pixel * kN + (c ^ ((pixel ^ pixel >> 1) << 4 & 16 & (kN - 1)));
     };
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {

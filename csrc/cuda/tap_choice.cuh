@@ -181,12 +181,65 @@ TapPlan choice_plan(const ConvShape& s, Dtype dtype, Way way) {
     return LoopPlan<kTransposed>(p, static_cast<int>(element_bytes(dtype))).tap;
 }
 
-// Cycles of a convolution by itself.
-inline std::int64_t conv2d_cycles(const ConvShape& s, Dtype dtype, Way way, const Exec& exec) {
-    const bool square = dtype == Dtype::float32 && four_channels(s.image(), dtype);
-    return tap_cut(choice_plan<false>(s, dtype, way), static_cast<int>(element_bytes(dtype)),
+// Cycles of a product by itself.
+template <bool kTransposed>
+std::int64_t product_cycles(const ConvShape& s, Dtype dtype, Way way, const Exec& exec) {
+    const bool square = !kTransposed && dtype == Dtype::float32 && four_channels(s.image(), dtype);
+    return tap_cut(choice_plan<kTransposed>(s, dtype, way), static_cast<int>(element_bytes(dtype)),
                    square, true, processors(exec))
         .cycles;
+}
+
+inline ConvShape in_nhwc(ConvShape s) {
+    s.channels_last = 1;
+    return s;
+}
+
+inline PoolShape in_nhwc(PoolShape pool, std::int64_t batch) {
+    pool.channels_last = 1, pool.batch = batch;
+    return pool;
+}
+
+// Whether an NCHW product takes less time in NHWC, with copies of `bytes` bytes (layouts.cuh).
+template <bool kTransposed>
+bool converts(const ConvShape& s, Dtype dtype, std::int64_t bytes, const Exec& exec) {
+    if (s.channels_last || dtype == Dtype::float64) return false;
+    const Way way = tap_way<kTransposed>(in_nhwc(s), dtype, exec);
+    return product_cycles<kTransposed>(in_nhwc(s), dtype, way, exec) + 2 * kPass +
+               2 * bytes / memory_bytes(exec) <
+           product_cycles<kTransposed>(s, dtype, Way::fma, exec);
+}
+
+// The images that go at a time through what keeps something of each in its workspace: so many that
+// the last of some waves of blocks hardly counts.
+inline std::int64_t images_at_a_time(const ConvShape& s, const Exec& exec) {
+    constexpr std::int64_t kWaves = 8, kResults = 2 * 128 * 128;  // of a multiprocessor at once
+    const std::int64_t wanted = kWaves * kResults * processors(exec);
+    const std::int64_t image = std::max(s.image().step_image(), s.maps().step_image());
+    const std::int64_t most = std::max<std::int64_t>(1, wanted / image);
+    const std::int64_t turns = std::max<std::int64_t>(1, (s.batch + most - 1) / most);
+    return (s.batch + turns - 1) / turns;
+}
+
+// body(part, first) for parts of a batch of so many images, in turn.
+template <typename Body>
+void for_parts(ConvShape s, const Exec& exec, Body&& body) {
+    const std::int64_t batch = s.batch, images = images_at_a_time(s, exec);
+    for (std::int64_t first = 0; first < batch; first += images) {
+        s.batch = std::min(images, batch - first);
+        body(s, first);
+    }
+}
+
+// The workspace that serves all of them: bytes_of(part) for the first, and for the rest.
+template <typename BytesOf>
+std::int64_t workspace_of_parts(ConvShape s, const Exec& exec, BytesOf&& bytes_of) {
+    const std::int64_t batch = s.batch;
+    s.batch = images_at_a_time(s, exec);
+    const std::int64_t bytes = bytes_of(s);
+    if (s.batch == 0 || batch % s.batch == 0) return bytes;
+    s.batch = batch % s.batch;
+    return std::max(bytes, bytes_of(s));
 }
 
 // Where the partial sums stand in a workspace: behind the packed weights.

@@ -126,6 +126,10 @@ EXPLAINED = [
         "main loop: pixels of two lines, pieces that go on in the next row of taps (of halves; of floats where taps are"
         " apart), or (5 channels) runs at a distance that no order of the pixels keeps apart",
     ),
+    Explained(
+        "patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "left[pixels[i] + k]", 1.5, "main loop: pixels of two lines"
+    ),
+    Explained("copy_layout_kernel", "", 2, "sides that do not divide 32, and elements of less than a word"),
     Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "cp_async<4>(to + e", 2, _DIVERGENT),
     Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "to[e] = value", 2, _DIVERGENT),
     Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "[e + 1] = value", 2, _DIVERGENT),
@@ -203,6 +207,12 @@ def of_operators(emulator: Emulator) -> list[Access]:
                             torch.autograd.grad(first, mine.leaves(), torch.ones_like(first))
         for dtype, _ in MODES:
             ops.renormalize_filters_(normal(40, 3, 5, 5).to(dtype), 0.5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(emulator, "processors", 1)  # of such a GPU small NCHW products are worth copies
+            for dtype, mode in MODES:
+                image, weight = normal(2, 3, 35, 34).to(dtype), normal(40, 3, 7, 7).to(dtype)
+                with zfcuda.set_fp32_precision(mode):
+                    ops.conv2d_relu_max_pool2d(image, weight, stride=2, pool_kernel_size=3, pool_stride=2)
     return found
 
 
