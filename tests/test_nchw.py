@@ -119,6 +119,21 @@ def test_fused_pools(agree, size, filters, stride):
     assert agree(derived(normalised), *tensors) >= {"conv2d_relu_max_pool2d_norm_workspace"}
 
 
+@pytest.mark.parametrize("mode", ["float16"], indirect=True)
+def test_parts_of_a_batch(agree):
+    """Two of 21 and 20 images, or of 6 and 5, with the maxima of each."""
+    tensors = _tensors((41, 16, 10, 10), (64, 16, 3, 3))
+    options = {"padding": 1, "pool_kernel_size": 2}
+    assert agree(lambda *t: ops.conv2d_relu_max_pool2d_maximum(*t, **options), *tensors)
+    assert agree(lambda *t: ops.conv2d_relu_max_pool2d_norm(*t, **options, norm_size=5), *tensors)
+    above, switches = reference.max_pool2d(normal(11, 64, 20, 20), 2)
+
+    def unpooled(x, w, s):
+        return (ops.unpool_relu_deconv2d(x, s, w, padding=1, pool_kernel_size=2),)
+
+    assert agree(unpooled, above, normal(64, 24, 3, 3, seed=1), switches) == {"unpool_relu_deconv2d_workspace"}
+
+
 @IN_EACH_MODE
 @pytest.mark.parametrize("gate", ["none", "deconvnet", "backprop", "guided"])
 def test_down(agree, gate):

@@ -87,6 +87,17 @@ WAYS = [(8, 2), (8, 4), (5, 2), (5, 4), (1024, 2)]
 @pytest.mark.parametrize(("maps", "stride"), WAYS)
 def test_what_is_not_finite_stays_under_its_filter(backend, mode, layout, value, pooled, maps, stride):
     """Though zero weights stand where a phase lacks a tap."""
+    check_not_finite(backend, precision.HALVES.get(mode, torch.float32), layout, value, pooled, maps, stride)
+
+
+@CUDA
+@pytest.mark.parametrize("pooled", [False, True], ids=["deconv2d", "unpool_relu_deconv2d"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_is_not_finite_in_float64(backend, layout, pooled):
+    check_not_finite(backend, torch.float64, layout, float("inf"), pooled, maps=5, stride=2)
+
+
+def check_not_finite(backend, dtype, layout, value, pooled, maps, stride):
     kernel = 2 * stride - 1
     signal, weight = whole_numbers(2, maps, 4, 4, top=1), whole_numbers(maps, 3, kernel, kernel, seed=1, top=1)
     weight[2, 0] = 0  # which makes NaN of an infinity, as in torch
@@ -98,7 +109,6 @@ def test_what_is_not_finite_stays_under_its_filter(backend, mode, layout, value,
     unpooled = reference.max_unpool2d(signal, switches, 2, output_size=(4, 4)) if pooled else signal
     expected = F.conv_transpose2d(unpooled.relu(), weight, **options)
     assert not expected.isfinite().all()
-    dtype = precision.HALVES.get(mode, torch.float32)
     given = [signal, *([switches] if pooled else []), weight]
     placed = Sample(given, options | pool, differentiable=False).on(backend.device, dtype, layout)
     actual = placed.call(ops.unpool_relu_deconv2d if pooled else ops.deconv2d)
