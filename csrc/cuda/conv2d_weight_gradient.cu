@@ -26,6 +26,7 @@
 //   gradient_fma.cuh    all else: NCHW, float64, ieee, other channels               64 x 64
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
+#include "bias_gradient.cuh"
 #include "gradient_fma.cuh"
 #include "gradient_mma.cuh"
 #include "layouts.cuh"
@@ -33,70 +34,6 @@
 
 namespace zfcuda {
 namespace {
-
-// partial[split][o]: a block sums one split of one channel over the images of NCHW, or of 32
-// channels over the pixels of NHWC, and then its threads as a tree.
-template <typename T, bool kChannelsLast>
-__global__ void bias_gradient_kernel(ConvShape s, bool rectified, std::int64_t split_units,
-                                     int splits, const T* signal, const T* forward,
-                                     Sum<T>* partial) {
-    using V = Sum<T>;
-    constexpr int kChannels = kChannelsLast ? 32 : 1, kRanks = kTileThreads / kChannels;
-    ZF_SHARED(V, sums, kTileThreads);
-    const int thread = threadIdx.x;
-    const std::int64_t split = blockIdx.x % splits;
-    const std::int64_t channel = blockIdx.x / splits * kChannels + thread % kChannels;
-    const std::int64_t plane = s.out_height * s.out_width;
-    const std::int64_t units = kChannelsLast ? s.batch * plane : s.batch;
-    const std::int64_t first = split * split_units;
-    const std::int64_t last = first + split_units < units ? first + split_units : units;
-
-    V sum = V(0);
-    auto add = [&](std::int64_t offset) {
-        const V value = load_gated<T, 1>(signal, forward, offset).value[0];
-        sum += rectified ? rectify(value) : value;
-    };
-    if (channel < s.out_channels) {
-        if (kChannelsLast) {
-            for (std::int64_t pixel = first + thread / kChannels; pixel < last; pixel += kRanks)
-                add(pixel * s.out_channels + channel);
-        } else {
-            for (std::int64_t n = first; n < last; ++n)
-                for (std::int64_t pixel = thread; pixel < plane; pixel += kRanks)
-                    add((n * s.out_channels + channel) * plane + pixel);
-        }
-    }
-    sums[thread] = sum;
-    for (int half = kTileThreads / 2; half >= kChannels; half /= 2) {
-        __syncthreads();
-        if (thread < half) sums[thread] += sums[thread + half];
-    }
-    if (thread < kChannels && channel < s.out_channels)
-        partial[split * s.out_channels + channel] = sums[thread];
-}
-
-// Partial sums of one split: [row][tap][channel]. The result has them as [row][channel][tap], and
-// only the first `kept` channels of each tap.
-struct PartialOrder {
-    std::int64_t rows, taps, channels, kept;
-
-    ZF_HD std::int64_t count() const { return rows * taps * channels; }
-};
-
-// The second pass: a result is the sum of its partial sums in the order of the splits, rounded.
-template <typename T>
-__global__ void __launch_bounds__(kTileThreads)
-    sum_splits_kernel(PartialOrder order, const Sum<T>* partial, int splits, T* result) {
-    const std::int64_t i = std::int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
-    if (i >= order.count()) return;
-    const std::int64_t line = i / order.channels, channel = i - line * order.channels;
-    if (channel >= order.kept) return;
-    Sum<T> sum = partial[i];
-#pragma unroll 8
-    for (int split = 1; split < splits; ++split) sum += partial[split * order.count() + i];
-    const std::int64_t row = line / order.taps, tap = line - row * order.taps;
-    result[(row * order.kept + channel) * order.taps + tap] = static_cast<T>(sum);
-}
 
 // filled[i]: piece i of an NHWC image (of one group of it) whose channels are filled up with zeros.
 template <typename T>
@@ -111,13 +48,6 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int e = 0; e < Pack<T>::size; ++e)
         if (first + e < channels) piece.value[e] = image[pixel * channels + first + e];
     filled[i] = piece;
-}
-
-Splits bias_splits(const ConvShape& s, const Exec& exec) {
-    if (s.channels_last)
-        return Splits(divide_up(s.out_channels, 32), s.batch * s.out_height * s.out_width, 64,
-                      exec);
-    return Splits(s.out_channels, s.batch, 1, exec);
 }
 
 // Whether a product by FMA needs no second pass: one split that writes sums in the weight's order.
@@ -150,13 +80,6 @@ struct Room {
 template <typename T>
 T* at_byte(Address workspace, std::int64_t byte) {
     return reinterpret_cast<T*>(workspace.as<unsigned char>() + byte);
-}
-
-template <typename T>
-void sum_splits(const PartialOrder& order, const Sum<T>* partial, std::int64_t splits,
-                Address result, const Exec& exec) {
-    launch(sum_splits_kernel<T>, gradient_grid(divide_up(order.count(), kTileThreads)),
-           dim3(kTileThreads), 0, exec, order, partial, static_cast<int>(splits), result.as<T>());
 }
 
 template <typename T, bool kChannelsLast, int kVector, typename Source>
@@ -265,17 +188,6 @@ std::int64_t copied_bytes(const ConvShape& s, const PoolShape& pool, Dtype dtype
 std::int64_t copied_bytes(const ConvShape& s, Dtype dtype) {
     const std::int64_t bytes = element_bytes(dtype);
     return Copies::size(s.image(), s.batch, bytes) + 2 * Copies::size(s.maps(), s.batch, bytes);
-}
-
-template <typename T, bool kChannelsLast>
-void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address forward,
-                   Address grad_bias, Sum<T>* partial, const Exec& exec) {
-    const Splits splits = bias_splits(s, exec);
-    const std::int64_t tiles = kChannelsLast ? divide_up(s.out_channels, 32) : s.out_channels;
-    launch(bias_gradient_kernel<T, kChannelsLast>, gradient_grid(splits.count * tiles),
-           dim3(kTileThreads), 0, exec, s, rectified, splits.units, static_cast<int>(splits.count),
-           signal.as<const T>(), forward.as<const T>(), partial);
-    sum_splits<T>({1, 1, s.out_channels, s.out_channels}, partial, splits.count, grad_bias, exec);
 }
 
 }  // namespace

@@ -4,8 +4,8 @@
 //
 // A chunk of kDepth products travels through registers while the one before it is multiplied: one
 // barrier a chunk. Loads of the source: lanes along pixels in NCHW, along k in NHWC, four channels
-// at a time where they are a multiple of four. A block of a split (tap_split.cuh) multiplies its
-// chunks alone.
+// at a time of floats where they are a multiple of four. A block of a split (tap_split.cuh)
+// multiplies its chunks alone.
 #pragma once
 
 #include "tap_split.cuh"
