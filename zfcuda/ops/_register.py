@@ -94,7 +94,7 @@ class Operator:
         return self._call(*self._signature.flat(args))
 
     def _call(self, *args: Any) -> Any:
-        if self._function and _transforming():
+        if self._function is not None and _transforming():
             return self._function.apply(*args)
         return self.overload(*args)
 
