@@ -27,7 +27,7 @@
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include <algorithm>
 
-#include "layouts.cuh"
+#include "edge.cuh"
 #include "pool_choice.cuh"
 #include "pool_product.cuh"
 
@@ -165,17 +165,18 @@ std::int64_t own_pool(const PoolShape& pool, Dtype dtype) {
     return (pool.outputs() * element_bytes(dtype) + 15) / 16 * 16;
 }
 
-// Whether what is NCHW runs on copies in NHWC, and their bytes.
-bool by_copies(const ConvShape& s, const PoolShape& pool, Dtype dtype, const Exec& exec) {
+Edges<3> pool_edges(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image = {},
+                    Address output = {}, Address switches = {}) {
     const std::int64_t bytes = element_bytes(dtype);
-    const std::int64_t image = s.image().step_image(), outputs = pool.output().step_image();
-    return converts<false>(s, dtype, s.batch * (bytes * (image + outputs) + outputs), exec);
+    return {Edge{s.image(), bytes, image}, Edge{pool.output(), bytes, output, Edge::Role::result},
+            Edge{pool.output(), 1, switches, Edge::Role::result}};
 }
-std::int64_t copied_bytes(const ConvShape& s, const PoolShape& pool, Dtype dtype, int results) {
-    const std::int64_t bytes = element_bytes(dtype);
-    return Copies::size(s.image(), s.batch, bytes) +
-           results * Copies::size(pool.output(), s.batch, bytes) +
-           Copies::size(pool.output(), s.batch, 1);
+
+// With the pool itself, which not every caller keeps.
+Edges<4> norm_edges(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image = {},
+                    Address pooled = {}, Address output = {}, Address switches = {}) {
+    const auto [from, to, where] = pool_edges(s, pool, dtype, image, output, switches);
+    return {from, Edge{pool.output(), element_bytes(dtype), pooled, Edge::Role::kept}, to, where};
 }
 
 // Whether blocks have all channels of their pixels, as many as a warp sees, in shared memory at
@@ -190,10 +191,10 @@ bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
 // For both ways of the convolution: the addresses decide which it takes.
 std::int64_t conv2d_relu_max_pool2d_workspace(const ConvShape& s, const PoolShape& pool,
                                               Dtype dtype, bool maximum, const Exec& exec) {
-    if (by_copies(s, pool, dtype, exec))
-        return workspace_of_parts(in_nhwc(s), exec, [&](const ConvShape& part) {
-            return copied_bytes(part, pool, dtype, 1) +
-                   conv2d_relu_max_pool2d_workspace(part, in_nhwc(pool, part.batch), dtype, maximum,
+    const Edges<3> edges = pool_edges(s, pool, dtype);
+    if (by_copies<false>(s, dtype, edges, exec))
+        return workspace_of_copies(s, edges, exec, [&](const ConvShape& part) {
+            return conv2d_relu_max_pool2d_workspace(part, in_nhwc(pool, part.batch), dtype, maximum,
                                                     exec);
         });
     std::int64_t bytes = 0;
@@ -219,20 +220,17 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
                             const Exec& exec) {
     if (values && pool.in_height * pool.in_width > std::numeric_limits<int>::max())
         throw std::runtime_error("zfcuda: the maximum of a map of over 2^31 positions");
-    if (by_copies(s, pool, dtype, exec))
-        return for_parts(in_nhwc(s), exec, [&](const ConvShape& part, std::int64_t first) {
-            const std::int64_t bytes = element_bytes(dtype);
-            Copies copies(first, part.batch, workspace, exec);
-            const Address from = copies.in(s.image(), bytes, image);
-            const Address to = copies.room(pool.output(), bytes, output);
-            const Address where = copies.room(pool.output(), 1, switches);
-            conv2d_relu_max_pool2d(part, in_nhwc(pool, part.batch), dtype, from, weight, bias, to,
-                                   where, maxima_at(pool, bytes, values, first),
-                                   maxima_at(pool, sizeof(std::int64_t), positions, first),
-                                   copies.rest(), exec);
-            copies.out(pool.output(), bytes, to, output);
-            copies.out(pool.output(), 1, where, switches);
-        });
+    const Edges<3> edges = pool_edges(s, pool, dtype, image, output, switches);
+    if (by_copies<false>(s, dtype, edges, exec))
+        return on_copies_of_parts(
+            s, edges, workspace, exec,
+            [&](const ConvShape& part, std::int64_t first, const auto& copies, Address rest) {
+                const auto [from, to, where] = copies;
+                conv2d_relu_max_pool2d(
+                    part, in_nhwc(pool, part.batch), dtype, from, weight, bias, to, where,
+                    maxima_at(pool, element_bytes(dtype), values, first),
+                    maxima_at(pool, sizeof(std::int64_t), positions, first), rest, exec);
+            });
     const Way way = tap_way<false>(s, dtype, exec, image);
     const Boxes boxes(s, pool, dtype, bool(values), way, exec);
     const PoolAddresses to = {output, switches, tile_maxima(s, dtype, values, workspace), {}};
@@ -252,10 +250,10 @@ void conv2d_relu_max_pool2d(const ConvShape& s, const PoolShape& pool, Dtype dty
 
 std::int64_t conv2d_relu_max_pool2d_norm_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, bool pooled, const Exec& exec) {
-    if (by_copies(s, pool, dtype, exec))
-        return workspace_of_parts(in_nhwc(s), exec, [&](const ConvShape& part) {
-            return copied_bytes(part, pool, dtype, 2) +
-                   conv2d_relu_max_pool2d_norm_workspace(part, in_nhwc(pool, part.batch), dtype,
+    const Edges<4> edges = norm_edges(s, pool, dtype);
+    if (by_copies<false>(s, dtype, edges, exec))
+        return workspace_of_copies(s, edges, exec, [&](const ConvShape& part) {
+            return conv2d_relu_max_pool2d_norm_workspace(part, in_nhwc(pool, part.batch), dtype,
                                                          pooled, exec);
         });
     const std::int64_t bytes = conv2d_relu_max_pool2d_workspace(s, pool, dtype, false, exec);
@@ -266,23 +264,18 @@ void conv2d_relu_max_pool2d_norm(const ConvShape& s, const PoolShape& pool, cons
                                  Dtype dtype, double alpha, double beta, double k, Address image,
                                  Address weight, Address bias, Address pooled, Address output,
                                  Address switches, Address workspace, const Exec& exec) {
-    if (by_copies(s, pool, dtype, exec))
-        return for_parts(in_nhwc(s), exec, [&](const ConvShape& part, std::int64_t first) {
-            const std::int64_t bytes = element_bytes(dtype);
-            Copies copies(first, part.batch, workspace, exec);
-            const Address from = copies.in(s.image(), bytes, image);
-            const Address between = copies.room(pool.output(), bytes, pooled);
-            const Address to = copies.room(pool.output(), bytes, output);
-            const Address where = copies.room(pool.output(), 1, switches);
-            NormShape normed = norm;
-            normed.batch = part.batch, normed.channels_last = 1;
-            conv2d_relu_max_pool2d_norm(part, in_nhwc(pool, part.batch), normed, dtype, alpha, beta,
-                                        k, from, weight, bias, between, to, where, copies.rest(),
-                                        exec);
-            copies.out(pool.output(), bytes, between, pooled);
-            copies.out(pool.output(), bytes, to, output);
-            copies.out(pool.output(), 1, where, switches);
-        });
+    const Edges<4> edges = norm_edges(s, pool, dtype, image, pooled, output, switches);
+    if (by_copies<false>(s, dtype, edges, exec))
+        return on_copies_of_parts(
+            s, edges, workspace, exec,
+            [&](const ConvShape& part, std::int64_t, const auto& copies, Address rest) {
+                const auto [from, between, to, where] = copies;
+                NormShape normed = norm;
+                normed.batch = part.batch, normed.channels_last = 1;
+                conv2d_relu_max_pool2d_norm(part, in_nhwc(pool, part.batch), normed, dtype, alpha,
+                                            beta, k, from, weight, bias, between, to, where, rest,
+                                            exec);
+            });
     const Boxes boxes(s, pool, dtype, false, tap_way<false>(s, dtype, exec, image), exec);
     if (normalizes(s, boxes, norm.size)) {
         const PoolAddresses to = {pooled, switches, {}, output, norm.size, alpha, beta, k};

@@ -27,9 +27,9 @@
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #include "bias_gradient.cuh"
+#include "edge.cuh"
 #include "gradient_fma.cuh"
 #include "gradient_mma.cuh"
-#include "layouts.cuh"
 #include "tap_mma.cuh"
 
 namespace zfcuda {
@@ -168,33 +168,40 @@ void weight_gradient(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gat
     });
 }
 
-// Whether an NCHW gradient runs on copies in NHWC, of so many bytes: where the tensor cores
+// Whether an NCHW gradient runs on copies in NHWC, of the whole batch: where the tensor cores
 // multiply it, and FMA, 64 products a cycle and multiprocessor, would take longer than the copies.
-bool by_copies(const ConvShape& s, Dtype dtype, std::int64_t bytes, const Exec& exec) {
+template <std::size_t kCount>
+bool pays_copies(const ConvShape& s, Dtype dtype, const Edges<kCount>& edges, const Exec& exec) {
     if (s.channels_last || !gradient_pieces(in_nhwc(s), dtype) ||
         gradient_way(dtype, exec) == Way::fma)
         return false;
     const std::int64_t products = s.batch * s.maps().step_image() * s.in_per_group() * s.taps();
-    return products / (64 * processors(exec)) > 2 * kPass + 2 * bytes / memory_bytes(exec);
+    return products / (64 * processors(exec)) > copy_cycles(edges, s.batch, exec);
 }
 
-// The bytes of the copies for a signal with its switches, or of the size of the maps.
-std::int64_t copied_bytes(const ConvShape& s, const PoolShape& pool, Dtype dtype) {
+Edges<3> gradient_edges(const ConvShape& s, Dtype dtype, Address image = {}, Address signal = {},
+                        Address forward = {}) {
     const std::int64_t bytes = element_bytes(dtype);
-    return Copies::size(s.image(), s.batch, bytes) +
-           2 * Copies::size(pool.output(), s.batch, bytes) +
-           Copies::size(pool.output(), s.batch, 1);
+    return {Edge{s.image(), bytes, image}, Edge{s.maps(), bytes, signal},
+            Edge{s.maps(), bytes, forward, Edge::Role::mask}};
 }
-std::int64_t copied_bytes(const ConvShape& s, Dtype dtype) {
+
+// Of a pooled signal.
+Edges<4> gradient_edges(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address image = {},
+                        Address signal = {}, Address switches = {}, Address forward = {}) {
     const std::int64_t bytes = element_bytes(dtype);
-    return Copies::size(s.image(), s.batch, bytes) + 2 * Copies::size(s.maps(), s.batch, bytes);
+    return {Edge{s.image(), bytes, image}, Edge{pool.output(), bytes, signal},
+            Edge{pool.output(), 1, switches},
+            Edge{pool.output(), bytes, forward, Edge::Role::mask}};
 }
 
 }  // namespace
 
 std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, const Exec& exec) {
-    if (const std::int64_t copied = copied_bytes(s, dtype); by_copies(s, dtype, copied, exec))
-        return copied + conv2d_weight_gradient_workspace(in_nhwc(s), dtype, exec);
+    const Edges<3> edges = gradient_edges(s, dtype);
+    if (pays_copies(s, dtype, edges, exec))
+        return copied_bytes(edges, s.batch) +
+               conv2d_weight_gradient_workspace(in_nhwc(s), dtype, exec);
     return Room(s, dtype, exec).bytes() +
            bias_splits(s, exec).count * s.out_channels * sum_bytes(dtype);
 }
@@ -202,15 +209,13 @@ std::int64_t conv2d_weight_gradient_workspace(const ConvShape& s, Dtype dtype, c
 void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address image,
                             Address signal, Address forward, Address grad_weight, Address grad_bias,
                             Address workspace, const Exec& exec) {
-    if (by_copies(s, dtype, copied_bytes(s, dtype), exec)) {
-        const std::int64_t bytes = element_bytes(dtype);
-        Copies copies(0, s.batch, workspace, exec);
-        image = copies.in(s.image(), bytes, image);
-        signal = copies.in(s.maps(), bytes, signal);
-        forward = copies.in(s.maps(), bytes, forward);
-        return conv2d_weight_gradient(in_nhwc(s), dtype, gate, image, signal, forward, grad_weight,
-                                      grad_bias, copies.rest(), exec);
-    }
+    const Edges<3> edges = gradient_edges(s, dtype, image, signal, forward);
+    if (pays_copies(s, dtype, edges, exec))
+        return on_copies(edges, 0, s.batch, workspace, exec, [&](const auto& copies, Address rest) {
+            const auto [from, above, gated_by] = copies;
+            conv2d_weight_gradient(in_nhwc(s), dtype, gate, from, above, gated_by, grad_weight,
+                                   grad_bias, rest, exec);
+        });
     const Address mask = mask_of(gate, forward);
     const Layout maps = s.maps();
     const TapSteps steps = {maps.step_image(), maps.step_channel(), maps.step_y(), maps.step_x()};
@@ -231,8 +236,9 @@ void conv2d_weight_gradient(const ConvShape& s, Dtype dtype, Gate gate, Address 
 
 std::int64_t unpool_relu_weight_gradient_workspace(const ConvShape& s, const PoolShape& pool,
                                                    Dtype dtype, const Exec& exec) {
-    const std::int64_t copied = copied_bytes(s, pool, dtype);
-    if (by_copies(s, dtype, copied, exec)) return copied + Room(in_nhwc(s), dtype, exec).bytes();
+    const Edges<4> edges = gradient_edges(s, pool, dtype);
+    if (pays_copies(s, dtype, edges, exec))
+        return copied_bytes(edges, s.batch) + Room(in_nhwc(s), dtype, exec).bytes();
     return Room(s, dtype, exec).bytes();
 }
 
@@ -240,17 +246,13 @@ void unpool_relu_weight_gradient(const ConvShape& s, const PoolShape& pool, Dtyp
                                  bool overwrite, Address image, Address signal, Address switches,
                                  Address forward, Address grad_weight, Address workspace,
                                  const Exec& exec) {
-    if (by_copies(s, dtype, copied_bytes(s, pool, dtype), exec)) {
-        const std::int64_t bytes = element_bytes(dtype);
-        Copies copies(0, s.batch, workspace, exec);
-        image = copies.in(s.image(), bytes, image);
-        signal = copies.in(pool.output(), bytes, signal);
-        switches = copies.in(pool.output(), 1, switches);
-        forward = copies.in(pool.output(), bytes, forward);
-        return unpool_relu_weight_gradient(in_nhwc(s), in_nhwc(pool, s.batch), dtype, gate,
-                                           overwrite, image, signal, switches, forward, grad_weight,
-                                           copies.rest(), exec);
-    }
+    const Edges<4> edges = gradient_edges(s, pool, dtype, image, signal, switches, forward);
+    if (pays_copies(s, dtype, edges, exec))
+        return on_copies(edges, 0, s.batch, workspace, exec, [&](const auto& copies, Address rest) {
+            const auto [from, above, where, gated_by] = copies;
+            unpool_relu_weight_gradient(in_nhwc(s), in_nhwc(pool, s.batch), dtype, gate, overwrite,
+                                        from, above, where, gated_by, grad_weight, rest, exec);
+        });
     const auto source = [&](auto zero) {
         return UnpooledSource<decltype(zero)>(pool, gate, overwrite, signal, switches, forward);
     };

@@ -200,16 +200,6 @@ inline PoolShape in_nhwc(PoolShape pool, std::int64_t batch) {
     return pool;
 }
 
-// Whether an NCHW product takes less time in NHWC, with copies of `bytes` bytes (layouts.cuh).
-template <bool kTransposed>
-bool converts(const ConvShape& s, Dtype dtype, std::int64_t bytes, const Exec& exec) {
-    if (s.channels_last || dtype == Dtype::float64) return false;
-    const Way way = tap_way<kTransposed>(in_nhwc(s), dtype, exec);
-    return product_cycles<kTransposed>(in_nhwc(s), dtype, way, exec) + 2 * kPass +
-               2 * bytes / memory_bytes(exec) <
-           product_cycles<kTransposed>(s, dtype, Way::fma, exec);
-}
-
 // The images that go at a time through what keeps something of each in its workspace: so many that
 // the last of some waves of blocks hardly counts.
 inline std::int64_t images_at_a_time(const ConvShape& s, const Exec& exec) {

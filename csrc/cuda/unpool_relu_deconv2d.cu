@@ -14,7 +14,7 @@
 // On the tensor cores (halo_mma.cuh) a place is gathered once for all taps.
 // Least bytes: signal + one byte a switch (+ forward) + weights + image.
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
-#include "layouts.cuh"
+#include "edge.cuh"
 #include "packed_deconv2d.cuh"
 #include "tap_gemm.cuh"
 #include "unpooled_source.cuh"
@@ -23,42 +23,37 @@ namespace zfcuda {
 
 namespace {
 
-bool by_copies(const ConvShape& s, const PoolShape& pool, Dtype dtype, const Exec& exec) {
+Edges<4> unpooled_edges(const ConvShape& s, const PoolShape& pool, Dtype dtype, Address signal = {},
+                        Address switches = {}, Address forward = {}, Address image = {}) {
     const std::int64_t bytes = element_bytes(dtype);
-    const std::int64_t image = s.image().step_image(), signal = pool.output().step_image();
-    return converts<true>(s, dtype, s.batch * (bytes * (image + signal) + signal), exec);
+    return {Edge{pool.output(), bytes, signal}, Edge{pool.output(), 1, switches},
+            Edge{pool.output(), bytes, forward, Edge::Role::mask},
+            Edge{s.image(), bytes, image, Edge::Role::result}};
 }
 
 }  // namespace
 
 std::int64_t unpool_relu_deconv2d_workspace(const ConvShape& s, const PoolShape& pool, Dtype dtype,
                                             const Exec& exec) {
-    if (!by_copies(s, pool, dtype, exec)) return tap_workspace<true>(s, dtype, exec);
-    return workspace_of_parts(in_nhwc(s), exec, [&](const ConvShape& part) {
-        const std::int64_t bytes = element_bytes(dtype);
-        return 2 * Copies::size(pool.output(), part.batch, bytes) +
-               Copies::size(pool.output(), part.batch, 1) +
-               Copies::size(part.image(), part.batch, bytes) +
-               tap_workspace<true>(part, dtype, exec);
-    });
+    const auto own = [&](const ConvShape& part) { return tap_workspace<true>(part, dtype, exec); };
+    const Edges<4> edges = unpooled_edges(s, pool, dtype);
+    return by_copies<true>(s, dtype, edges, exec) ? workspace_of_copies(s, edges, exec, own)
+                                                  : own(s);
 }
 
 void unpool_relu_deconv2d(const ConvShape& s, const PoolShape& pool, Dtype dtype, Gate gate,
                           bool overwrite, Address signal, Address switches, Address forward,
                           Address weight, Address bias, Address image, Address workspace,
                           const Exec& exec) {
-    if (by_copies(s, pool, dtype, exec))
-        return for_parts(in_nhwc(s), exec, [&](const ConvShape& part, std::int64_t first) {
-            const std::int64_t bytes = element_bytes(dtype);
-            Copies copies(first, part.batch, workspace, exec);
-            const Address from = copies.in(pool.output(), bytes, signal);
-            const Address mask = copies.in(pool.output(), bytes, forward);
-            const Address where = copies.in(pool.output(), 1, switches);
-            const Address to = copies.room(s.image(), bytes, image);
-            unpool_relu_deconv2d(part, in_nhwc(pool, part.batch), dtype, gate, overwrite, from,
-                                 where, mask, weight, bias, to, copies.rest(), exec);
-            copies.out(s.image(), bytes, to, image);
-        });
+    const Edges<4> edges = unpooled_edges(s, pool, dtype, signal, switches, forward, image);
+    if (by_copies<true>(s, dtype, edges, exec))
+        return on_copies_of_parts(
+            s, edges, workspace, exec,
+            [&](const ConvShape& part, std::int64_t, const auto& copies, Address rest) {
+                const auto [from, where, mask, to] = copies;
+                unpool_relu_deconv2d(part, in_nhwc(pool, part.batch), dtype, gate, overwrite, from,
+                                     where, mask, weight, bias, to, rest, exec);
+            });
     const Way way = tap_way<true>(s, dtype, exec, signal, switches, forward);
     pack_weights<true>(s, dtype, way, weight, workspace, exec);
     TapPlan p = tap_plan<true>(s, dtype, way, gate);
