@@ -56,7 +56,8 @@ def filters(options: dict) -> Filters:
 
 
 #: image, maps, kernel, the rest: sums off every chunk, several splits of them; results off both tiles; channels that
-#: are filled up, alone and in groups; stride, padding, dilation, padding alone; signals that they do not serve.
+#: are filled up, alone and in groups; stride, padding, dilation, padding alone; signals that they do not serve; images
+#: folded by one axis, by the other, by both, with kernels that no stride divides, and by none for the dilation.
 CASES = [
     ((2, 8, 9, 8), 16, (3, 3), {"stride": 2, "padding": 1}),
     ((2, 8, 12, 11), 24, (2, 3), {"padding": (0, 1)}),
@@ -68,6 +69,12 @@ CASES = [
     ((2, 4, 2, 3), 8, (3, 3), {"padding": 4, "stride": 5}),
     ((2, 8, 5, 6), 4, (3, 3), {"padding": 1}),
     ((1, 8, 5, 6), 17, (2, 2), {}),
+    ((2, 3, 27, 31), 64, (11, 11), {"stride": 4, "padding": 2}),
+    ((1, 2, 14, 23), 16, (5, 4), {"stride": (2, 3), "padding": (3, 1)}),
+    ((2, 2, 9, 12), 8, (2, 5), {"stride": (1, 4), "padding": (1, 0)}),
+    ((1, 3, 12, 9), 16, (6, 2), {"stride": (3, 1), "padding": (4, 1)}),
+    ((1, 3, 9, 12), 16, (3, 3), {"stride": 2, "dilation": (1, 2), "padding": 1}),
+    ((1, 3, 9, 12), 16, (3, 3), {"stride": 2, "dilation": 2}),
 ]
 IDS = [f"{size[1]} {maps} {kernel} {options}" for size, maps, kernel, options in CASES]
 

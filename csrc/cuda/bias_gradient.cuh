@@ -62,7 +62,7 @@ void bias_gradient(const ConvShape& s, bool rectified, Address signal, Address f
     launch(bias_gradient_kernel<T, kChannelsLast>, gradient_grid(splits.count * tiles),
            dim3(kTileThreads), 0, exec, s, rectified, splits.units, static_cast<int>(splits.count),
            signal.as<const T>(), forward.as<const T>(), partial);
-    sum_splits<T>({1, 1, s.out_channels, s.out_channels}, partial, splits.count, grad_bias, exec);
+    sum_splits<T>({1, 1, s.out_channels}, partial, splits.count, grad_bias, exec);
 }
 
 }  // namespace zfcuda

@@ -35,29 +35,14 @@
 namespace zfcuda {
 namespace {
 
-// filled[i]: piece i of an NHWC image (of one group of it) whose channels are filled up with zeros.
-template <typename T>
-__global__ void __launch_bounds__(kTileThreads)
-    fill_pieces_kernel(const T* image, std::int64_t count, std::int64_t channels,
-                       std::int64_t pieces, Pack<T>* filled) {
-    const std::int64_t i = std::int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
-    if (i >= count) return;
-    const std::int64_t pixel = i / pieces, first = (i - pixel * pieces) * Pack<T>::size;
-    Pack<T> piece = {};
-#pragma unroll
-    for (int e = 0; e < Pack<T>::size; ++e)
-        if (first + e < channels) piece.value[e] = image[pixel * channels + first + e];
-    filled[i] = piece;
-}
-
 // Whether a product by FMA needs no second pass: one split that writes sums in the weight's order.
 bool direct(const ConvShape& s, Dtype dtype, const Exec& exec) {
     return weight_splits(s, kFmaSide, exec).count == 1 &&
            element_bytes(dtype) == sum_bytes(dtype) && (!s.channels_last || s.taps() == 1);
 }
 
-// The workspace, in bytes, whichever way the product will run: the image in whole pieces of
-// channels, if it has none; partial gradients, which `bias` may follow.
+// The workspace, in bytes, whichever way the product will run: the image, folded, if its channels
+// are no whole pieces; partial gradients, which `bias` may follow.
 struct Room {
     std::int64_t image = 0, partial = 0;
 
@@ -68,11 +53,11 @@ struct Room {
         };
         if (!direct(s, dtype, exec)) add(s, kFmaSide);
         if (!gradient_pieces(s, dtype)) return;
-        const ConvShape filled = filled_shape(s, dtype);
-        add(filled, MediumGradientTile::kM);
-        add(filled, WideMmaTile::kM);
-        if (filled.in_channels != s.in_channels)
-            image = s.batch * filled.image().step_image() * element_bytes(dtype);
+        const ConvShape folded = folded_image(s, dtype).shape;
+        add(folded, MediumGradientTile::kM);
+        add(folded, WideMmaTile::kM);
+        if (folded.in_channels != s.in_channels)
+            image = s.batch * folded.image().step_image() * element_bytes(dtype);
     }
     std::int64_t bytes() const { return image + partial; }
 };
@@ -93,18 +78,18 @@ void by_fma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, A
            0, exec, p, image.as<const T>(), source, partial);
     if (once) return;
     const PartialOrder order = {s.out_channels, kChannelsLast ? s.taps() : 1,
-                                kChannelsLast ? s.in_per_group() : p.columns,
                                 kChannelsLast ? s.in_per_group() : p.columns};
     sum_splits<T>(order, partial, p.splits, grad_weight, exec);
 }
 
-// body(Tile{}) for the tile of a product on the tensor cores: the largest, unless that has a
-// quarter more padding, or split factors, whose registers would spill.
+// body(Tile{}) for the tile of a product on the tensor cores: the largest, unless that has over a
+// third more padding, or split factors, whose registers would spill. (By the model the smaller one
+// takes 1.6 times as long for as many results on an A100, twice as long on an H100, which its bytes
+// from L2 hold up, and as long on an RTX 4090.)
 template <typename Factors, typename Body>
 void with_gradient_tile(const ConvShape& s, Body&& body) {
     if constexpr (!std::is_same_v<Factors, Tf32x3>)
-        if (16 * gradient_tiles(s, WideMmaTile::kM) <=
-            5 * gradient_tiles(s, MediumGradientTile::kM))
+        if (3 * gradient_tiles(s, WideMmaTile::kM) <= gradient_tiles(s, MediumGradientTile::kM))
             return body(WideMmaTile{});
     body(MediumGradientTile{});
 }
@@ -113,25 +98,19 @@ template <typename Factors, typename Source>
 void by_mma(const ConvShape& s, Dtype dtype, const TapSteps& steps, Gate gate, Address image,
             const Source& source, Address grad_weight, Address workspace, const Exec& exec) {
     using T = typename Factors::T;
-    const ConvShape filled = filled_shape(s, dtype);
+    const FoldedImage folded = folded_image(s, dtype);
     const Room room(s, dtype, exec);
     if (room.image != 0) {
-        const std::int64_t pieces = filled.in_per_group() / Pack<T>::size;
-        const std::int64_t count = room.image / sizeof(Pack<T>);
-        launch(fill_pieces_kernel<T>, gradient_grid(divide_up(count, kTileThreads)),
-               dim3(kTileThreads), 0, exec, image.as<const T>(), count, s.in_per_group(), pieces,
-               workspace.as<Pack<T>>());
+        fold_image<T>(s, folded, image, workspace, exec);
         image = workspace;
     }
     auto* const partial = at_byte<float>(workspace, room.image);
-    with_gradient_tile<Factors>(filled, [&](auto tile) {
+    with_gradient_tile<Factors>(folded.shape, [&](auto tile) {
         using Tile = decltype(tile);
-        const GradientPlan p = gradient_plan(filled, steps, gate, Tile::kM, exec);
+        const GradientPlan p = gradient_plan(folded.shape, steps, gate, Tile::kM, exec);
         launch(weight_gradient_mma_kernel<Factors, Tile, Source>, p.grid(), dim3(Tile::kThreads),
                gradient_shared_bytes<T, Tile>, exec, p, image.as<const T>(), source, partial);
-        const PartialOrder order = {s.out_channels, s.taps(), filled.in_per_group(),
-                                    s.in_per_group()};
-        sum_splits<T>(order, partial, p.splits, grad_weight, exec);
+        sum_splits<T>(PartialOrder(s, folded), partial, p.splits, grad_weight, exec);
     });
 }
 

@@ -15,9 +15,8 @@
 // image lies under one tap, inside or zero as a whole: cp.async brings it. A thread's column is its
 // own for good, and a pixel's place in the image is found once for all columns, a chunk ahead. The
 // signal goes through registers, where it is gated, gathered from a pooled one, or rounded;
-// gradient_tiles.cuh has how either is stored. An image of few channels is copied first, filled up
-// with zeros to whole pieces: conv1 of ZFNet has 49 taps of 4 floats, of which 3 are useful, for
-// less than a tenth of its traffic.
+// gradient_tiles.cuh has how either is stored. An image of few channels is copied first, in whole
+// pieces (folded_image.cuh).
 //
 // Floor: 2 * pixels * weights operations; a block of 128 x 128 reads 256 k numbers for 128 * 128 k
 // products, 32 FLOP a byte in float32 and 64 in halves, from L2, where blocks that run together

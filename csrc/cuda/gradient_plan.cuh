@@ -114,13 +114,6 @@ inline bool gradient_pieces(const ConvShape& s, Dtype dtype) {
            s.in_height + 2 * s.padding_h < 1 << 28 && s.in_width + 2 * s.padding_w < 1 << 28;
 }
 
-// The shape with an image of whole pieces of channels, filled up with zeros where they are none.
-inline ConvShape filled_shape(ConvShape s, Dtype dtype) {
-    const std::int64_t piece = 16 / element_bytes(dtype);
-    s.in_channels = s.groups * (divide_up(s.in_per_group(), piece) * piece);
-    return s;
-}
-
 inline GradientPlan gradient_plan(const ConvShape& s, const TapSteps& steps, Gate gate,
                                   std::int64_t side, const Exec& exec) {
     const Splits splits = weight_splits(s, side, exec);
