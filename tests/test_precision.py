@@ -167,6 +167,9 @@ DOWN = [
     ((1, 64, 13, 13), (64, 40, 3, 3), {"padding": 1}),
     ((1, 32, 13, 13), (32, 9, 5, 5), {"stride": 2, "padding": 1}),
     ((1, 40, 3, 70), (40, 20, 2, 3), {}),
+    ((1, 16, 5, 4), (16, 96, 5, 5), {"stride": 2}),  # three times 32 columns
+    ((1, 32, 4, 5), (32, 95, 3, 3), {"groups": 2}),
+    ((1, 8, 5, 6), (8, 190, 3, 2), {}),
     ((9, 32, 2, 1), (32, 20, 3, 3), {}),
     ((1, 16, 3, 4), (16, 5, 17, 5), {"dilation": (1, 2)}),
 ]
@@ -217,7 +220,7 @@ def test_transposed_convolution_whose_taps_no_halo_holds(backend, mode):
 @IN_EACH_MODE
 @pytest.mark.parametrize("gate", ["none", "guided"])
 @pytest.mark.parametrize("overlap", ["sum", "overwrite"])
-@pytest.mark.parametrize(("channels", "columns"), [(8, 5), (6, 5), (8, 40)])
+@pytest.mark.parametrize(("channels", "columns"), [(8, 5), (6, 5), (8, 40), (8, 96)])
 def test_unpooled_transposed_convolution(backend, mode, gate, overlap, channels, columns):
     above, switches = reference.max_pool2d(normal(2, channels, 7, 6), 3, 2, ceil_mode=True)
     signal = normal(*above.shape, seed=3)

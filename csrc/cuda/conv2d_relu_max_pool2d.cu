@@ -183,7 +183,7 @@ Edges<4> norm_edges(const ConvShape& s, const PoolShape& pool, Dtype dtype, Addr
 // once.
 bool normalizes(const ConvShape& s, const Boxes& boxes, std::int64_t size) {
     return boxes.pay && boxes.loops() && s.groups == 1 && size / 2 <= WarpNorm<float>::kReach &&
-           boxes.by.p.padded_columns <= MergedMmaTile::kN;
+           boxes.by.p.padded_columns <= ThirdsMmaTile::kN;
 }
 
 }  // namespace

@@ -48,10 +48,12 @@ std::int64_t copy_cycles(const Edges<kCount>& edges, std::int64_t images, const 
     return 2 * kPass + 2 * bytes / memory_bytes(exec);
 }
 
-// Whether an NCHW product takes less time in NHWC, with copies.
+// Whether an NCHW product takes less time in NHWC, with copies; halves run there always, where the
+// tensor cores are.
 template <bool kTransposed, std::size_t kCount>
 bool by_copies(const ConvShape& s, Dtype dtype, const Edges<kCount>& edges, const Exec& exec) {
     if (s.channels_last || dtype == Dtype::float64) return false;
+    if (element_bytes(dtype) < 4) return true;
     const Way way = tap_way<kTransposed>(in_nhwc(s), dtype, exec);
     return product_cycles<kTransposed>(in_nhwc(s), dtype, way, exec) +
                copy_cycles(edges, s.batch, exec) <

@@ -188,7 +188,7 @@ struct MmaTile {
 
 using WideMmaTile = MmaTile<128, 128, 64, 64>;
 using MediumMmaTile = MmaTile<128, 64, 64, 32>;
-using MergedMmaTile = MmaTile<128, 96, 64, 48>;  // of merged rows, see tap_plan.cuh
+using ThirdsMmaTile = MmaTile<128, 96, 64, 48>;  // see tap_plan.cuh
 using NarrowMmaTile = MmaTile<128, 16, 32, 16>;
 
 }  // namespace zfcuda

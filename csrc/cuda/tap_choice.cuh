@@ -93,7 +93,7 @@ constexpr TileCost kNarrowTile = tile_cost<NarrowTile>(2, 1500, 1900);
 constexpr TileCost kDoubleTile = tile_cost<DoubleTile>(1, 1400, 1400);
 constexpr TileCost kWideMmaTile = tile_cost<WideMmaTile>(2, 600, 750);
 constexpr TileCost kMediumMmaTile = tile_cost<MediumMmaTile>(2, 400, 500);
-constexpr TileCost kMergedMmaTile = tile_cost<MergedMmaTile>(2, 500, 600);
+constexpr TileCost kThirdsMmaTile = tile_cost<ThirdsMmaTile>(2, 500, 600);
 constexpr TileCost kNarrowMmaTile = tile_cost<NarrowMmaTile>(2, 250, 350);
 
 constexpr int kTf32x3 = 2;   // times the cycles of the same tile in tf32
@@ -141,12 +141,11 @@ inline TapCut tile_cut(TapPlan p, const TileCost& tile, int bytes, int sum, bool
 
 // The tile that a product has where it has not the wide one of its way; that of a fused pool.
 inline TileCost small_tile(const TapPlan& p, int bytes) {
-    const bool thirds = p.run != 0 && p.padded_columns % 96 == 0;
     if (p.way == Way::fma) {
-        if (p.run != 0) return thirds ? kMergedTile : kMergedPlainTile;
+        if (p.run != 0) return p.thirds ? kMergedTile : kMergedPlainTile;
         return bytes == 8 ? kDoubleTile : p.padded_columns == 16 ? kNarrowTile : kPlainTile;
     }
-    if (thirds) return kMergedMmaTile;
+    if (p.thirds) return kThirdsMmaTile;
     return p.padded_columns == 16 ? kNarrowMmaTile : kMediumMmaTile;
 }
 

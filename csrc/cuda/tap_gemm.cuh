@@ -146,8 +146,9 @@ void with_variant(const TapPlan& p, Dtype dtype, bool channels_last, bool vector
             using BlockTile = decltype(tile);
             if constexpr (std::is_same_v<T, float>)  // halves that come here are few
                 if (vector) return body(TapVariant<T, BlockTile, true, 4>{});
-            if (channels_last) return body(TapVariant<T, BlockTile, true, 1>{});
-            body(TapVariant<T, BlockTile, false, 1>{});
+            if constexpr (sizeof(T) > 2)  // halves come in NHWC (edge.cuh)
+                if (!channels_last) return body(TapVariant<T, BlockTile, false, 1>{});
+            body(TapVariant<T, BlockTile, true, 1>{});
         };
         if constexpr (sizeof(T) == 8)
             with_tile(DoubleTile{});

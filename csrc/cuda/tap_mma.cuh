@@ -208,18 +208,20 @@ void with_factors(Way way, Dtype dtype, Body&& body) {
 template <typename Factors, typename Body>
 void with_patch_tile(int columns, Body&& body) {
     constexpr bool kFma = std::is_same_v<Factors, Fma>;
-    using Thirds = std::conditional_t<kFma, PatchTile<96>, MergedMmaTile>;
+    using Thirds = std::conditional_t<kFma, PatchTile<96>, ThirdsMmaTile>;
     using Others = std::conditional_t<kFma, PatchTile<64>, MediumMmaTile>;
     columns % Thirds::kN == 0 ? body(Thirds{}) : body(Others{});
 }
 
 // body(Tile{}) for the tile that was chosen.
-template <typename Factors, bool kPatch, typename Body>
+template <typename Factors, bool kTransposed, bool kPatch, typename Body>
 void with_tap_tile(const TapCut& cut, Body&& body) {
     if constexpr (kPatch) {
         with_patch_tile<Factors>(cut.columns, body);
     } else {
         if (cut.columns == NarrowMmaTile::kN) return body(NarrowMmaTile{});
+        if constexpr (kTransposed)
+            if (cut.columns == ThirdsMmaTile::kN) return body(ThirdsMmaTile{});
         if constexpr (!std::is_same_v<Factors, Tf32x3>)
             if (cut.columns == WideMmaTile::kN) return body(WideMmaTile{});
         body(MediumMmaTile{});
@@ -233,7 +235,7 @@ void with_tap_cut(const TapPlan& plan, Address partial, Address bias, Address fo
                   Address result, const Exec& exec, Run&& run) {
     using T = typename Factors::T;
     const TapCut cut = tap_cut(plan, sizeof(T), false, bool(partial), processors(exec));
-    with_tap_tile<Factors, kPatch>(cut, [&](auto tile) {
+    with_tap_tile<Factors, kTransposed, kPatch>(cut, [&](auto tile) {
         using Tile = decltype(tile);
         const auto product = [&](TapPlan p, Address bias, Address forward, Address result) {
             const int rows = p.block_pixels > 0 ? p.block_pixels : Tile::kM;

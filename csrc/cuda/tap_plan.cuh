@@ -68,6 +68,7 @@ struct TapPlan {
     bool halo_fits;
     bool rectify;  // the source of the transposed convolution, the result of the other
     bool quads;    // four results that are neighbours in memory are stored at once
+    bool thirds;   // its tiles have 96 columns
 
     ZF_HD bool stacked() const { return y.stacked * x.stacked > 1; }
 };
@@ -118,9 +119,19 @@ inline std::int64_t merged_pieces(const ConvShape& s, Dtype dtype) {
     return (s.kernel_h * merged_row(s, dtype) * element_bytes(dtype) + 15) / 16;
 }
 
-// Three times 32 maps have a tile of their own where rows are merged.
-inline std::int64_t merged_columns(std::int64_t columns) {
-    return columns % 96 == 0 ? columns : (columns + 63) / 64 * 64;
+// Whether a product's columns go by three times 32, as the 96 maps of ZFNet's first layer do: where
+// rows are merged; and on the tensor cores on the way down, where they would leave a part of 128
+// empty.
+template <bool kTransposed>
+bool goes_by_thirds(std::int64_t columns, Way way, bool merged) {
+    return columns % 96 == 0 && (merged || (kTransposed && way != Way::fma && columns % 128 != 0));
+}
+
+// The columns of its packed weights, as many as its tiles have.
+template <bool kTransposed>
+std::int64_t tile_columns(std::int64_t columns, Dtype dtype, Way way, bool merged) {
+    return goes_by_thirds<kTransposed>(columns, way, merged) ? columns
+                                                             : padded_columns(columns, dtype);
 }
 
 // Slots of a halo: two halos with the weights of a block leave room for two blocks on an SM with
@@ -178,9 +189,10 @@ std::int64_t packed_weights(const ConvShape& given, Dtype dtype, Way way) {
     const ConvShape s = product_shape<kTransposed>(given, dtype);
     const std::int64_t channels = kTransposed ? s.out_per_group() : s.in_per_group();
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
-    if (rows_merge<kTransposed>(s, dtype, way))
-        return 16 * merged_pieces(s, dtype) * merged_columns(columns);
-    return s.groups * s.taps() * channels * padded_columns(columns, dtype) *
+    const bool merged = rows_merge<kTransposed>(s, dtype, way);
+    const std::int64_t padded = tile_columns<kTransposed>(columns, dtype, way, merged);
+    if (merged) return 16 * merged_pieces(s, dtype) * padded;
+    return s.groups * s.taps() * channels * padded *
            (way == Way::fma ? sum_bytes(dtype) : element_bytes(dtype));
 }
 
@@ -211,15 +223,16 @@ TapPlan tap_plan(const ConvShape& given, Dtype dtype, Way way, Gate gate) {
     p.width = static_cast<int>(source.width);
     p.channels = static_cast<int>(source.channels / s.groups);
     p.columns = static_cast<int>(result.channels / s.groups);
-    p.padded_columns = static_cast<int>(padded_columns(p.columns, dtype));
+    const bool merged = rows_merge<kTransposed>(s, dtype, way);
+    p.padded_columns = static_cast<int>(tile_columns<kTransposed>(p.columns, dtype, way, merged));
+    p.thirds = goes_by_thirds<kTransposed>(p.padded_columns, way, merged);
     p.halo_fits = halo_fits(s);
     p.rectify = static_cast<int>(gate) & kRectify;
-    if (rows_merge<kTransposed>(s, dtype, way)) {
+    if (merged) {
         p.run = static_cast<int>(s.kernel_w * s.in_channels);
         p.pixel = p.channels;
         p.channels = static_cast<int>(merged_row(s, dtype));
         p.x.kernel = 1;
-        p.padded_columns = static_cast<int>(merged_columns(s.out_channels));
     }
     if (s.taps() * (source.channels / s.groups) > std::numeric_limits<int>::max() - 64)
         throw std::runtime_error("zfcuda: a filter of a CUDA convolution has over 2^31 weights");

@@ -109,6 +109,19 @@ class Layer:
         words = math.ceil(self.conv.kernel * self.conv.channels / word)
         return math.ceil(self.conv.kernel * words * word / chunk) * chunk
 
+    @property
+    def folded(self) -> int:
+        """Columns of a weight gradient on the tensor cores: csrc/cuda/folded_image.cuh."""
+        conv, piece, folds = self.conv, 16 // self.mode.size, {1, self.conv.stride} if self.few else {1}
+        return min(
+            math.ceil(conv.kernel / y) * math.ceil(conv.kernel / x) * math.ceil(conv.channels * y * x / piece) * piece
+            for y in folds
+            for x in folds
+        )
+
+    def gradient_tiles(self, side: int, columns: int) -> int:
+        return math.ceil(self.conv.maps / side) * math.ceil(columns / side)
+
     def launch(self, what: str, kernel: str, slices: list[tuple[int, int]], columns: int, **more: float) -> Launch:
         given = {"least": self.mode.size * self.conv.elements(BATCH), "flops": self.conv.flops(BATCH)} | more
         return Launch(f"{self.conv.name} {what}", self.mode, kernel, slices, columns, **given)  # type: ignore[arg-type]
@@ -152,14 +165,15 @@ class Layer:
             slices = [(BATCH * math.ceil(conv.size / conv.stride) ** 2, taps**2 * conv.maps)]
             columns *= conv.stride**2
         if factors:
-            tile = "16" if narrow else "128" if conv.channels % 128 == 0 else "64"
+            tile = "16" if narrow else next(n for n in ("128", "96", "64") if conv.channels % int(n) == 0)
             kernel = f"halo_mma_kernel<{factors}, MmaTile<128, {tile},.*true, Masked"
             more = {"dynamic": 80_160, "read": 2.2 / taps**2}
         else:
             tile, more = "256, 16" if narrow else "128, 64", {}
             kernel = rf"tap_gemm_kernel<float, Tile<float, {tile},.*true, true, 4, Masked"
         yield self.launch("data gradient", kernel, slices, columns, **more)
-        side = 128 if conv.maps % 128 == 0 else 64
+        columns = self.folded if factors else self.depth
+        side = 128 if 3 * self.gradient_tiles(128, columns) <= self.gradient_tiles(64, columns) else 64
         vector = 1 if self.few else 4
         kernel = (
             rf"weight_gradient_mma_kernel<{factors}, MmaTile<{side}, {side},.*Masked"
@@ -168,7 +182,7 @@ class Layer:
         )
         # Splits of the pixels make as many blocks as fill the GPU: equal parts of the whole.
         pixels = BATCH * conv.out_size**2
-        yield self.launch("weight gradient", kernel, [(conv.maps, pixels)], self.depth, dynamic=49_152 * bool(factors))
+        yield self.launch("weight gradient", kernel, [(conv.maps, pixels)], columns, dynamic=49_152 * bool(factors))
 
 
 def _boxes(pooled: int) -> int:
