@@ -65,6 +65,8 @@ UP = [
     ((1, 232, 4, 5), (20, 232, 3, 3), {"padding": 1}),
     ((1, 512, 3, 3), (6, 256, 3, 3), {"groups": 2, "padding": 1}),  # three columns a group
     ((1, 1032, 4, 3), (20, 1032, 1, 1), {}),  # no halo
+    ((1, 1032, 4, 3), (12, 1032, 1, 1), {}),
+    ((1, 2048, 3, 2), (128, 2048, 1, 1), {}),
     ((1, 40, 9, 8), (128, 40, 5, 5), {"stride": 2}),
     ((1, 3, 19, 20), (96, 3, 17, 17), {}),  # merged rows
     ((1, 3, 19, 20), (40, 3, 17, 17), {}),
@@ -74,6 +76,7 @@ UP = [
 DOWN = [
     ((1, 448, 3, 2), (448, 20, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),  # a phase of a fourth of k
     ((1, 384, 3, 3), (384, 3, 3, 3), {"groups": 2}),
+    ((1, 384, 2, 2), (384, 96, 3, 3), {}),  # three times 32 columns
     ((1, 1024, 2, 2), (1024, 3, 5, 5), {"stride": 2, "padding": 1}),  # phases as columns
 ]
 
@@ -115,7 +118,7 @@ def test_transposed_convolution(backend, mode, split, case):
 
 @CUDA
 @IN_EACH_MODE
-@pytest.mark.parametrize("columns", [3, 20])
+@pytest.mark.parametrize("columns", [3, 20, 96])
 def test_unpooled_transposed_convolution(backend, mode, split, columns):
     above, switches = reference.max_pool2d(normal(1, 192, 5, 4), 3, 2, ceil_mode=True)
     signal, weight = normal(*above.shape, seed=3), normal(192, columns, 3, 3, seed=1)
@@ -139,8 +142,8 @@ def test_unpooled_transposed_convolution(backend, mode, split, columns):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [UP[0], UP[1], DOWN[0]], ids=name)
 def test_contiguous(backend, split, case, dtype, monkeypatch, request):
-    """By FMA, where results are stored by pixels; gradients too."""
-    if backend.name == "simt":  # which has no tensor cores for bfloat16, that would be worth copies in NHWC
+    """By FMA, where results are stored by pixels, but for halves; gradients too."""
+    if backend.name == "simt":  # without tensor cores for bfloat16
         monkeypatch.setattr(request.getfixturevalue("emulator"), "arch", 75)
     size, filters, options = case
     tensors = [normal(*size), normal(*filters, seed=1)]

@@ -37,12 +37,14 @@
 // block). Then runs filled up to whole pieces each, whose offsets additions and comparisons give:
 // 168 products in eleven chunks, six in halves; for VGG 36 in three, 48 in two; and 48 HMMA in 294
 // instructions of a chunk, with the table in 184. Rejected on paper: weights that stay in shared
-// memory while a block goes on from tile to tile: 57 KiB of them leave one block an SM and nobody
-// to multiply while it pools; and of the 192 cycles that an A100 multiplies for eight products of
-// k, loads and stores of shared memory take 112 with resident weights, 160 without. And, with a
-// pool, blocks that walk down a strip of windows and keep the row of maps that these share: of
-// conv1 they multiply 1.19 times its pixels (55 windows in two strips of 28; one more step at the
-// top), boxes 1.28 times, but their maps take 72 KiB instead of 48, which leaves a 4090 one block.
+// memory while a block goes on from box to box. With the maps of a pool they take 108 KiB in tf32
+// and 78 in halves: an A100 holds one such block or two, an H100 two, a 4090 none or one, where
+// they now hold three, three and two, one of which multiplies while another pools; and of the 192
+// cycles that an A100 multiplies for eight products of k, loads and stores of shared memory take
+// 112 with resident weights, 160 without: less than the product either way. And, with a pool,
+// blocks that walk down a strip of windows and keep the row of maps that these share: of conv1 they
+// multiply 1.19 times its pixels (55 windows in two strips of 28; one more step at the top),
+// boxes 1.28 times, but their maps take 72 KiB instead of 48, which leaves a 4090 one block.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
