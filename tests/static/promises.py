@@ -146,7 +146,7 @@ PRODUCTS = [
     Product(_halo_down("Tf32x3", "128, 16, 32, 16", "Unpooled"), 0.0, 1.6),
     Product(_halo_down("Tf32", "128, 64, 64, 32", "Unpooled"), 0.01, 1.5),
     Product(_halo_down("Tf32", "128, 128, 64, 64", "Unpooled"), 0.02, 2.5, round=0.25),
-    Product(_halo_down("Tf32", "128, 96, 64, 48", "Unpooled"), 0.02, 2.0, round=0.2),
+    Product(_halo_down("Tf32", "128, 96, 64, 48", "Unpooled"), 0.01, 2.0, round=0.2),
     Product(_halo_down("Tf32", "128, 16, 32, 16", "Unpooled"), 0.0, 0.5),
     Product(_gradient("double", "false, 1", "Unpooled"), 0.08, 3.5),
     Product(_gradient("double", "true, 1", "Unpooled"), 0.08, 4.0),
