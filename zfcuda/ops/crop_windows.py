@@ -69,8 +69,8 @@ def check_origins(name: str, value: Tensor, shape: Sequence[int], like: Tensor) 
 def _check(input: Tensor, images: Tensor, origins: Tensor, size: Sequence[int]) -> list[int]:
     if input.dim() != 4:
         raise RuntimeError(f"input has shape {tuple(input.shape)}; it must be (images, height, width, channels)")
-    if min(size) < 1:
-        raise RuntimeError(f"size is {tuple(size)}; both numbers must be at least 1")
+    if min(size) < 1 or max(size) >= 1 << 31:
+        raise RuntimeError(f"size is {tuple(size)}; both numbers must be at least 1 and less than 2^31")
     if images.dim() != 1:
         raise RuntimeError(f"images has shape {tuple(images.shape)}; it must be (windows,), a number for each window")
     check_origins("images", images, images.shape, input)
