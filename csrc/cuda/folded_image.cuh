@@ -5,10 +5,8 @@
 // where a convolution's windows lie a stride apart, the pixels from one to the next can stand side
 // by side as channels, as stacked phases do on the way down (columns.cuh):
 //
-//   folded[n][Y][X][(row of the fold, column of the fold, c)] = image[n][Y * stride - padding +
-//   row]
-//                                                                    [X * stride - padding +
-//                                                                    column][c]
+//   folded[n][Y][X][(i, j, c)] = image[n][Y * stride - padding + i][X * stride - padding + j][c]
+//                                with i, j < stride: row and column in the fold
 //
 //   image    . 0 1 2 3 4 5 6 7     stride 2, padding 1: window x begins at folded pixel x, and its
 //            \_/ \_/ \_/ \_/       seven columns are four taps of the folded image, of which the
@@ -28,7 +26,7 @@
 
 namespace zfcuda {
 
-// One axis: pixels that stand side by side, and of which pixel the first is one.
+// One axis: how many pixels stand side by side, and how far before the image the first one lies.
 struct FoldedAxis {
     std::int64_t fold = 1, padding = 0;
 

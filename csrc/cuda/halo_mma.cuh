@@ -21,9 +21,9 @@
 // 176 and 264 TF/s in tf32, of the 310 or so that mma.sync reaches there.
 // Shared memory: 78 KiB (128 x 128), two blocks on an SM of 164 KiB or more, one of 100 KiB.
 //
-// The way down has a tile of 128 x 96 besides those of tap_mma.cuh: ZFNet's
-// second layer leads down to 96 maps, of which a tile of 128 multiplied a quarter in vain. Model,
-// tf32, batch 128: 1061 us before and 823 with it on an A100, 736 and 497 on an H100.
+// The way down has a tile of 128 x 96 besides those of tap_mma.cuh: ZFNet's second layer leads down
+// to 96 maps, of whose tile of 128 a quarter was multiplied in vain. Model, tf32, batch 128: 1061
+// us before and 823 with it on an A100, 736 and 497 on an H100.
 //
 // Measured: not yet, for want of a GPU; `make bench` on one fills this line.
 #pragma once
