@@ -19,8 +19,9 @@
 #if defined(ZF_SIMT)
 
 #include "simt.h"
-// The last parameter of a warp-wide wrapper: lanes must call it from the same line.
-#define ZF_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
+// The last parameter of a wrapper that threads must call from the same line.
+#define ZF_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define ZF_AND_SITE , ZF_SITE
 
 #define ZF_SHARED(type, name, count)           \
     static const char name##_key = 0;          \
@@ -42,6 +43,7 @@ int architecture(void (*)(Parameters...), const Exec&) {
 }
 inline int processors(const Exec&) { return simt::processors(); }
 inline int memory_bytes(const Exec&) { return 15 * simt::processors(); }
+inline int shared_bytes(const Exec&) { return static_cast<int>(simt::shared_limit()); }
 
 }  // namespace zfcuda
 
@@ -56,6 +58,7 @@ inline int memory_bytes(const Exec&) { return 15 * simt::processors(); }
 #include <utility>
 #endif
 #define ZF_SITE
+#define ZF_AND_SITE
 
 #define ZF_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define ZF_DYNAMIC_SHARED(type, name)                                  \
@@ -75,6 +78,7 @@ int architecture(void (*)(Parameters...), const Exec&) {
 }
 inline int processors(const Exec&) { return 1; }
 inline int memory_bytes(const Exec&) { return 1; }
+inline int shared_bytes(const Exec&) { return 1; }
 
 #else
 
@@ -162,6 +166,12 @@ inline int memory_bytes(const Exec& exec) {
     });
 }
 
+// The shared memory that a block may have.
+inline int shared_bytes(const Exec& exec) {
+    return known(nullptr, exec,
+                 [&] { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec); });
+}
+
 #endif
 
 }  // namespace zfcuda
@@ -184,6 +194,16 @@ __device__ __forceinline__ int kept(int number) {
     return number;
 #else
     return __shfl_sync(0xffffffffu, number, threadIdx.x % 32);
+#endif
+}
+
+// Waits for the threads of the same threadIdx.y: the whole block, or where it is of several teams
+// of whole warps, one of these, which have a barrier each. (There are sixteen; 0 is __syncthreads.)
+__device__ __forceinline__ void sync_team(ZF_SITE) {
+#if defined(ZF_SIMT)
+    simt::team_barrier({file, line});
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
 #endif
 }
 
@@ -260,7 +280,8 @@ __device__ __forceinline__ void cp_async_wait() {
 // lane / 4 in matrix[i]; transposed: elements 2 (lane % 4) and the next of column lane / 4.
 
 template <bool Transposed, int N>
-__device__ __forceinline__ void load_matrices(std::uint32_t (&matrix)[N], const void* row ZF_SITE) {
+__device__ __forceinline__ void load_matrices(std::uint32_t (&matrix)[N],
+                                              const void* row ZF_AND_SITE) {
     static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");
 #if defined(ZF_SIMT)
     simt::load_matrices(matrix, N, Transposed, row, {file, line});
@@ -308,7 +329,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&matrix)[N], const 
 // float that was not rounded by to_tf32 is truncated (and a NaN that is nothing but low bits is an
 // infinity; arithmetic makes no such NaN).
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const std::uint32_t (&a)[4],
-                                         const std::uint32_t (&b)[2] ZF_SITE) {
+                                         const std::uint32_t (&b)[2] ZF_AND_SITE) {
 #if defined(ZF_SIMT)
     simt::multiply(simt::Element::tf32, {d, a, b}, {file, line});
 #else
@@ -331,7 +352,7 @@ __device__ __forceinline__ void never_launched() {
 // 16 x 8 x 16, bf16: each register holds the two elements of columns (a) or rows (b) 2t and 2t + 1,
 // the lower in the low half; a: rows g, g + 8, then the same 8 columns on; b: then 8 rows on.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4],
-                                         const std::uint32_t (&b)[2] ZF_SITE) {
+                                         const std::uint32_t (&b)[2] ZF_AND_SITE) {
 #if defined(ZF_SIMT)
     simt::multiply(simt::Element::bf16, {d, a, b}, {file, line});
 #else
@@ -346,7 +367,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const std::uint32_t (&a)
 
 // The same in fp16; sm_75 multiplies each half of the 16 by an instruction of its own.
 __device__ __forceinline__ void mma_fp16(float (&d)[4], const std::uint32_t (&a)[4],
-                                         const std::uint32_t (&b)[2] ZF_SITE) {
+                                         const std::uint32_t (&b)[2] ZF_AND_SITE) {
 #if defined(ZF_SIMT)
     simt::multiply(simt::Element::fp16, {d, a, b}, {file, line});
 #else

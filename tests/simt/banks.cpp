@@ -107,12 +107,16 @@ void record_bank(std::uintptr_t address, unsigned bytes, bool write, const void*
     before = {begin, begin + bytes, pc, write, &group};
 }
 
-void finish_banks(const void* kernel) {
-    for (const auto& [key, group] : groups)
-        count({kernel, std::get<0>(key), std::get<1>(key)}, group);
-    groups.clear();
-    visits.clear();
-    last.fill({});
+void finish_banks(const void* kernel, int first_warp, int warps) {
+    const auto meant = [&](unsigned warp) { return warp - unsigned(first_warp) < unsigned(warps); };
+    for (auto at = groups.begin(); at != groups.end();) {
+        const auto& [pc, write, warp, n] = at->first;
+        if (meant(warp)) count({kernel, pc, write}, at->second);
+        at = meant(warp) ? groups.erase(at) : std::next(at);
+    }
+    for (auto at = visits.begin(); at != visits.end();)
+        at = meant(std::get<2>(at->first) / 32) ? visits.erase(at) : std::next(at);
+    std::fill_n(last.begin() + 32 * first_warp, 32 * warps, Last{});
 }
 
 }  // namespace simt

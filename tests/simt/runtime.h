@@ -60,23 +60,34 @@ void suspend(Fiber& fiber);  // called by the fiber: back to the scheduler
 // ---- the moment of an access (scheduler.cpp, shadow.cpp)
 
 // Who accessed, where in the code, and when. `run` numbers blocks over all launches (1 stands for
-// the host), `key` is
-// block epoch (24 bits), warp epoch (24), thread (10), flags (6).
+// the host), `key` is block epoch (24 bits), warp epoch (23), thread (10), flags (7). A block's
+// epoch is how many barriers its teams have passed.
 struct Stamp {
     std::uint32_t run, pc;
     std::uint64_t key;
 
+    static std::uint64_t key_of(std::uint64_t epoch, std::uint64_t warp_epoch, int thread) {
+        return epoch << 40 | warp_epoch << 17 | std::uint64_t(thread) << 7;
+    }
     std::uint64_t epoch() const { return key >> 40; }
-    std::uint32_t warp_epoch() const { return key >> 16 & 0xffffff; }
-    unsigned thread() const { return key >> 6 & 0x3ff; }
+    std::uint32_t warp_epoch() const { return key >> 17 & 0x7fffff; }
+    unsigned thread() const { return key >> 7 & 0x3ff; }
 };
 enum Flag : std::uint64_t {
-    kPending = 1,    // the target of an asynchronous copy in flight
-    kAtomic = 2,     // the last write was atomic
-    kManyWarp = 4,   // several unordered accesses of one warp,
-    kManyBlock = 8,  // of several warps,
-    kManyGrid = 16,  // of several blocks
-    kSplit = 32,     // of a word: its four bytes have their own history
+    kPending = 1,     // the target of an asynchronous copy in flight
+    kAtomic = 2,      // the last write was atomic
+    kManyWarp = 4,    // several unordered accesses of one warp,
+    kManyTeam = 8,    // of several warps of a team,
+    kManyBlock = 16,  // of several teams,
+    kManyGrid = 32,   // of several blocks
+    kSplit = 64,      // of a word: its four bytes have their own history
+};
+
+// The threads of a block with the same threadIdx.y, whole warps where there are several: the epochs
+// that began with its last barrier, and with the last one of the whole block. What happened before
+// in the team, or in the block, is ordered before what it does now.
+struct TeamClock {
+    std::uint64_t synced, all_synced;
 };
 
 // The order of events within one warp: every __syncwarp advances `epoch`, and synced[i][j] is the
@@ -92,7 +103,10 @@ struct Moment {
     std::uint32_t first_run = 2;  // of this launch
     Stamp stamp = {1, 0, 0};      // of the running thread; pc is filled in by each access
     const WarpClock* warp = nullptr;
-    int countdown = 0;  // accesses until the next preemption
+    TeamClock team = {};
+    int team_threads = 0;
+    std::uint64_t many = kManyTeam;  // set in the stamp of all threads' reads
+    int countdown = 0;               // accesses until the next preemption
 };
 extern Moment now;
 void yield();
@@ -117,20 +131,20 @@ struct Shadow {
 };
 
 // The common cases of shared memory, before anything else is asked: whole words that this block has
-// written (so they lie in an array), last in an earlier epoch. False where there is more to check.
+// written (so they lie in an array), before its last barrier. False where there is more to check.
 inline bool quick_read(const Shadow& shadow, std::size_t offset, unsigned bytes) {
     if ((offset | bytes) % 4) return false;
     const std::uint64_t epoch = now.stamp.epoch();
     for (const Cell *cell = shadow.words + offset / 4, *end = cell + bytes / 4; cell < end; ++cell)
-        if (cell->write.run != now.stamp.run || cell->write.epoch() >= epoch ||
+        if (cell->write.run != now.stamp.run || cell->write.epoch() >= now.team.all_synced ||
             cell->write.key & (kPending | kSplit) || cell->read.run != now.stamp.run ||
-            cell->read.epoch() != epoch || !(cell->read.key & kManyBlock))
-            return false;  // unless two warps have read it already, the reader is to be noted
+            cell->read.epoch() != epoch || !(cell->read.key & now.many))
+            return false;  // unless all are said to have read it, the reader is to be noted
     return true;
 }
 inline bool quick_write(const Shadow& shadow, std::size_t offset, unsigned bytes, const void* pc) {
     if ((offset | bytes) % 4) return false;
-    const std::uint64_t epoch = now.stamp.epoch();
+    const std::uint64_t epoch = now.team.all_synced;
     Cell *const first = shadow.words + offset / 4, *const end = first + bytes / 4;
     for (const Cell* cell = first; cell < end; ++cell)
         if (cell->write.run != now.stamp.run || cell->write.epoch() >= epoch ||
@@ -190,7 +204,8 @@ AsyncQueue& async_queue();  // of the running thread
 
 extern bool recording_banks;
 void record_bank(std::uintptr_t address, unsigned bytes, bool write, const void* pc);
-void finish_banks(const void* kernel);  // at a barrier, and at the end of a block
+// At a barrier of these warps, and at the end of a block.
+void finish_banks(const void* kernel, int first_warp, int warps);
 
 // ---- launches (validate.cpp)
 

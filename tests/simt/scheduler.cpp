@@ -23,10 +23,17 @@ struct Thread {
     Fiber fiber;
     Status status;
     uint3 index;
+    const void* barrier;   // that it waits at
     const char* function;  // what it waits in, and where
     Site site;
     Votes votes;  // of the last barrier
     AsyncQueue copies;
+};
+
+// Threads that meet again and again: those of the block, or of one of its teams.
+struct Barrier {
+    int first, threads, live, waiting;
+    Votes votes;
 };
 
 // Lanes that met so far for one warp operation.
@@ -46,16 +53,18 @@ struct Launch {
     std::vector<Thread> thread;
     std::vector<WarpClock> clocks;
     std::vector<std::vector<Meeting>> meetings;  // of each warp
+    Barrier whole;
+    std::vector<Barrier> teams;
+    std::vector<TeamClock> team_clocks;
     std::vector<std::uint64_t> block_order;
     int running;  // thread
-    int live, waiting;
-    Votes votes;
     std::mt19937_64 random;
     std::string error;
 };
 Launch* launch_now;
 
 Thread& self() { return launch_now->thread[launch_now->running]; }
+Barrier& own_team() { return launch_now->teams[launch_now->running / now.team_threads]; }
 
 uint3 block_index(std::uint64_t linear) {
     const dim3& grid = launch_now->grid;
@@ -81,7 +90,8 @@ void thread_main() {
     if (const AsyncCopy* copy = self().copies.in_flight())
         fail_at(copy->pc, "asynchronous copies in flight",
                 "the thread exits with a copy that no cp_async_wait has retired, issued");
-    --launch_now->live;
+    --launch_now->whole.live;
+    --own_team().live;
     park();
 }
 
@@ -90,9 +100,9 @@ void run(int index) {
     launch.running = index;
     Thread& thread = launch.thread[index];
     zf_simt_thread_idx = thread.index;
-    now.stamp.key = (now.stamp.key >> 40 << 40) | std::uint64_t(index) << 6;
     now.warp = &launch.clocks[index / 32];
-    now.stamp.key |= std::uint64_t(now.warp->epoch) << 16;
+    now.team = launch.team_clocks[index / now.team_threads];
+    now.stamp.key = Stamp::key_of(now.stamp.epoch(), now.warp->epoch, index);
     now.in_kernel = true;
     resume(thread.fiber);
     now.in_kernel = false;
@@ -100,9 +110,17 @@ void run(int index) {
         launch.error = "stack overflow: over 64 KiB of local memory";
 }
 
-void advance_epoch() {
-    now.stamp.key = ((now.stamp.key >> 40) + 1) << 40;
-    if (now.stamp.epoch() == (1 << 24) - 1) fail("limit", "more than 2^24 barriers in a block");
+// Begins an epoch, after a barrier of all threads or of a team.
+void advance_epoch(const Barrier& barrier) {
+    Launch& launch = *launch_now;
+    const std::uint64_t epoch = now.stamp.epoch() + 1;
+    if (epoch == (1 << 24) - 1) fail("limit", "more than 2^24 barriers in a block");
+    now.stamp.key = Stamp::key_of(epoch, now.stamp.warp_epoch(), launch.running);
+    for (std::size_t i = 0; i < launch.teams.size(); ++i) {
+        const bool all = &barrier == &launch.whole || launch.teams.size() == 1;
+        if (all || &barrier == &launch.teams[i]) launch.team_clocks[i].synced = epoch;
+        if (all) launch.team_clocks[i].all_synced = epoch;
+    }
 }
 
 void report_deadlock() {
@@ -129,8 +147,11 @@ void run_block(std::uint64_t linear) {
     ++now.stamp.run;
     now.stamp.key = 0;
     fill_shared();
-    launch.live = launch.threads;
-    launch.waiting = 0;
+    launch.whole = {0, launch.threads, launch.threads, 0, {}};
+    launch.teams.clear();
+    for (int first = 0; first < launch.threads; first += now.team_threads)
+        launch.teams.push_back({first, now.team_threads, now.team_threads, 0, {}});
+    launch.team_clocks.assign(launch.teams.size(), {});
     for (int i = 0; i < launch.threads; ++i) {
         Thread& thread = launch.thread[i];
         thread.status = Status::ready;
@@ -141,7 +162,7 @@ void run_block(std::uint64_t linear) {
     for (auto& meetings : launch.meetings) meetings.clear();
 
     std::vector<int> order(launch.threads);
-    while (launch.live > 0) {
+    while (launch.whole.live > 0) {
         std::iota(order.begin(), order.end(), 0);
         arrange(order, launch.random);
         bool progress = false;
@@ -153,7 +174,47 @@ void run_block(std::uint64_t linear) {
         }
         if (!progress) return report_deadlock();
     }
-    if (recording_banks) finish_banks(launch.kernel);
+    if (recording_banks) finish_banks(launch.kernel, 0, int(launch.clocks.size()));
+}
+
+Votes wait_at(Barrier& barrier, const char* function, int predicate, Site site) {
+    Launch& launch = *launch_now;
+    Thread& thread = self();
+    if (barrier.live < barrier.threads)
+        fail("barrier after exit",
+             text("%s at %s:%d while %d threads of its %d have exited", function, site.file,
+                  site.line, barrier.threads - barrier.live, barrier.threads)
+                 .c_str());
+    const auto first = launch.thread.begin() + barrier.first, last = first + barrier.threads;
+    const auto other = std::find_if(first, last, [&](const Thread& one) {
+        return one.status == Status::at_barrier && one.barrier == &barrier;
+    });
+    if (other != last && (!(other->site == site) || std::strcmp(other->function, function) != 0))
+        fail("divergent barrier",
+             text("%s at %s:%d while thread (%u, %u, %u) waits in %s at %s:%d", function, site.file,
+                  site.line, other->index.x, other->index.y, other->index.z, other->function,
+                  other->site.file, other->site.line)
+                 .c_str());
+    thread.barrier = &barrier;
+    thread.function = function;
+    thread.site = site;
+    if (barrier.waiting++ == 0) barrier.votes = {0, barrier.threads};
+    barrier.votes.count += predicate != 0;
+    if (barrier.waiting < barrier.threads) {
+        thread.status = Status::at_barrier;
+        suspend(thread.fiber);
+    } else {
+        barrier.waiting = 0;
+        if (recording_banks)
+            finish_banks(launch.kernel, barrier.first / 32, (barrier.threads + 31) / 32);
+        for (auto one = first; one != last; ++one) {
+            one->status = Status::ready;
+            one->votes = barrier.votes;  // kept: the first to go on may begin the next barrier
+        }
+        advance_epoch(barrier);
+        suspend(thread.fiber);  // so that the order of the settings holds after it, too
+    }
+    return thread.votes;
 }
 
 }  // namespace
@@ -185,43 +246,15 @@ int lane() { return launch_now->running % 32; }
 AsyncQueue& async_queue() { return self().copies; }
 
 Votes barrier(const char* function, int predicate, Site site) {
-    Launch& launch = *launch_now;
-    Thread& thread = self();
-    if (launch.live < launch.threads)
-        fail("barrier after exit",
-             text("%s at %s:%d while %d threads of the block have exited", function, site.file,
-                  site.line, launch.threads - launch.live)
-                 .c_str());
-    for (const Thread& other : launch.thread)
-        if (other.status == Status::at_barrier) {
-            if (!(other.site == site) || std::strcmp(other.function, function) != 0)
-                fail("divergent barrier",
-                     text("%s at %s:%d while thread (%u, %u, %u) waits in %s at %s:%d", function,
-                          site.file, site.line, other.index.x, other.index.y, other.index.z,
-                          other.function, other.site.file, other.site.line)
-                         .c_str());
-            break;
-        }
-    thread.function = function;
-    thread.site = site;
-    if (launch.waiting++ == 0) launch.votes = {0, launch.threads};
-    launch.votes.count += predicate != 0;
-    if (launch.waiting < launch.threads) {
-        thread.status = Status::at_barrier;
-        suspend(thread.fiber);
-    } else {
-        launch.waiting = 0;
-        if (recording_banks) finish_banks(launch.kernel);
-        for (Thread& other : launch.thread) {
-            other.status = Status::ready;
-            other.votes = launch.votes;  // kept: the first to go on may begin the next barrier
-        }
-        const std::uint64_t who = now.stamp.key & 0xffffffffff;
-        advance_epoch();
-        now.stamp.key |= who;
-        suspend(thread.fiber);  // so that the order of the settings holds after it, too
-    }
-    return thread.votes;
+    return wait_at(launch_now->whole, function, predicate, site);
+}
+
+void team_barrier(Site site) {
+    constexpr int kMostTeams = 15;  // of sixteen barriers, but for that of the block
+    const dim3& block = launch_now->block;
+    if (block.y > 1 && (block.x % 32 != 0 || block.y > kMostTeams || block.z > 1))
+        fail("team barrier", "teams are at most 15, of whole warps");
+    wait_at(own_team(), "sync_team", 0, site);
 }
 
 void meet(unsigned mask, const char* function, Site site, void* mine,
@@ -266,7 +299,7 @@ void meet(unsigned mask, const char* function, Site site, void* mine,
 void sync_warp(unsigned mask, Site site) {
     meet(mask, "__syncwarp", site, nullptr, [](void* const*, unsigned lanes) {
         WarpClock& clock = launch_now->clocks[launch_now->running / 32];
-        if (++clock.epoch == 1 << 24) fail("limit", "more than 2^24 __syncwarp in a block");
+        if (++clock.epoch == 1 << 23) fail("limit", "more than 2^23 __syncwarp in a block");
         const int warp = launch_now->running / 32;
         const int present = std::min(32, launch_now->threads - warp * 32);
         const unsigned all = present < 32 ? (1u << present) - 1 : ~0u;
@@ -288,6 +321,8 @@ void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
     launch.body = body;
     launch.context = context;
     launch.threads = int(block.x * block.y * block.z);
+    now.team_threads = block.x % 32 == 0 ? int(block.x) : launch.threads;
+    now.many = now.team_threads < launch.threads ? kManyBlock : kManyTeam;
     launch.thread.resize(launch.threads);
     for (int i = 0; i < launch.threads; ++i)
         launch.thread[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};

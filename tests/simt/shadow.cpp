@@ -3,7 +3,7 @@
 //
 // A word keeps one write and one read. An access that is ordered after the one kept replaces it
 // (whatever is ordered after the new one is ordered after the old one); one that is not is merged:
-// the stamp keeps its moment and is flagged as that of many threads of a warp, block or grid.
+// the stamp keeps its moment and is flagged as that of many threads of a warp, team, block or grid.
 #include <sys/mman.h>
 
 #include <new>
@@ -21,6 +21,8 @@ Cell* map_cells(std::size_t count) {
     return static_cast<Cell*>(memory);
 }
 
+inline int team_of(const Stamp& stamp) { return int(stamp.thread()) / now.team_threads; }
+
 // Is all that the stamp stands for ordered before the running thread's present?
 template <Space space>
 inline bool ordered(const Stamp& stamp) {
@@ -30,8 +32,10 @@ inline bool ordered(const Stamp& stamp) {
         if (stamp.run < now.first_run) return true;                             // an earlier launch
         if (stamp.run != now.stamp.run || stamp.key & kManyGrid) return false;  // another block
     }
-    if (stamp.epoch() < now.stamp.epoch()) return true;
+    if (stamp.epoch() < now.team.all_synced) return true;
     if (stamp.key & kManyBlock) return false;
+    if (team_of(stamp) == team_of(now.stamp) && stamp.epoch() < now.team.synced) return true;
+    if (stamp.key & kManyTeam) return false;
     if (!(stamp.key & kManyWarp) && stamp.thread() == now.stamp.thread()) return true;
     if (stamp.thread() / 32 != now.stamp.thread() / 32) return false;
     if (stamp.key & kManyWarp) return stamp.warp_epoch() < now.warp->all_synced;
@@ -46,11 +50,13 @@ inline void merge(Stamp& stamp, const Stamp& fresh) {
         stamp = fresh;
         return;
     }
-    std::uint64_t many = stamp.key & (kManyWarp | kManyBlock | kManyGrid);
+    std::uint64_t many = stamp.key & (kManyWarp | kManyTeam | kManyBlock | kManyGrid);
     if (stamp.run != fresh.run)
         many |= kManyGrid;
-    else if (stamp.thread() / 32 != fresh.thread() / 32)
+    else if (team_of(stamp) != team_of(fresh))
         many |= kManyBlock;
+    else if (stamp.thread() / 32 != fresh.thread() / 32)
+        many |= kManyTeam;
     else
         many |= kManyWarp;
     stamp = fresh;

@@ -50,8 +50,10 @@ void launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
 // The one that launches are checked for: 75, 80, …
 int architecture();
 
-// How many multiprocessors the device has, by which launchers choose their grids.
+// How many multiprocessors the device has, and how much shared memory a block may have, by which
+// launchers choose their grids.
 int processors();
+std::size_t shared_limit();
 
 // The shared array of the declaration `key`, the same for all threads of a block.
 void* shared_array(const void* key, const char* name, std::size_t bytes);
@@ -62,6 +64,9 @@ struct Votes {
     int count, threads;
 };
 Votes barrier(const char* function, int predicate, Site site);
+
+// Waits for the threads of the block whose threadIdx.y is the same, whole warps.
+void team_barrier(Site site);
 
 // Waits for the lanes of `mask`; the last one to arrive calls `complete` with the `mine` of each.
 void meet(unsigned mask, const char* function, Site site, void* mine,

@@ -33,6 +33,12 @@ BUGS = {
     ("swap", 14): RAW,  # a shuffle for a __syncwarp
     ("swap", 16): RAW,  # a __syncwarp of half a warp
     ("swap", 18): RAW,  # a __syncwarp for another warp
+    ("teams", 19): f"uninitialised read|{RAW}",  # a barrier of a team for one of the block
+    ("teams", 20): RAW,  # a barrier of a warp for one of the team
+    ("teams", 21): f"uninitialised read|{RAW}|{WAR}",  # what another team has written, behind a barrier of one's own
+    ("teams", 22): "divergent barrier",
+    ("teams", 23): "barrier after exit|deadlock",
+    ("teams", 24): f"{WAR}|{RAW}",  # no barrier before the next turn
     ("product", 1): WAR,  # no barrier before the asynchronous refill
     ("product", 2): "access to a pending asynchronous copy",  # waits for too few groups
     ("product", 3): RAW,  # no barrier after the wait
@@ -45,7 +51,7 @@ BUGS = {
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Emulated]:
     bugs, product = Emulated("bugs"), Emulated("product")
-    return {"transpose": bugs, "histogram": bugs, "swap": bugs, "product": product}
+    return {"transpose": bugs, "histogram": bugs, "swap": bugs, "teams": bugs, "product": product}
 
 
 def run(kernels: dict[str, Emulated], function: str, bug: int, order: str) -> bool:
@@ -68,13 +74,17 @@ def run(kernels: dict[str, Emulated], function: str, bug: int, order: str) -> bo
         values, out = integers(64), torch.empty(64, dtype=torch.int32)
         call("swap", bug, values, Out(out), order=ORDERS[order])
         return torch.equal(out, values.view(-1, 2).flip(1).flatten())
+    if function == "teams":
+        values, out = integers(5, 64), torch.empty(5, 64, dtype=torch.int32)
+        call("teams", bug, values, Out(out), order=ORDERS[order])
+        return torch.equal(out, (values + torch.arange(64)).flip(1).int())
     a, b, c = integers(40, 64).bfloat16(), integers(64, 8).bfloat16(), torch.empty(40, 8)
     call("product", bug, 1, 40, 64, 128, a, b, Out(c), order=ORDERS[order])
     return torch.equal(c, a.float() @ b.float())
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("function", ["transpose", "histogram", "swap", "product"])
+@pytest.mark.parametrize("function", ["transpose", "histogram", "swap", "teams", "product"])
 def test_the_right_kernel_passes(kernels, function, order):
     assert run(kernels, function, 0, order)
 

@@ -6,8 +6,10 @@ namespace {
 
 constexpr std::size_t kKiB = 1024, kDefaultShared = 48 * kKiB;
 
-std::size_t shared_limit(int arch) {
-    switch (arch) {
+}  // namespace
+
+std::size_t shared_limit() {
+    switch (settings.arch) {
         case 75:
             return 64 * kKiB;
         case 80:
@@ -21,8 +23,6 @@ std::size_t shared_limit(int arch) {
             return 99 * kKiB;  // 86, 89, 120
     }
 }
-
-}  // namespace
 
 void validate_launch(const void* kernel, dim3 grid, dim3 block, std::size_t dynamic_bytes) {
     const auto refuse = [&](const char* what) {
@@ -39,14 +39,14 @@ void validate_launch(const void* kernel, dim3 grid, dim3 block, std::size_t dyna
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) refuse("an empty grid");
     if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         refuse("a grid has at most (2^31 - 1) x 65535 x 65535 blocks");
-    if (dynamic_bytes > shared_limit(settings.arch)) refuse("too much shared memory");
+    if (dynamic_bytes > shared_limit()) refuse("too much shared memory");
 }
 
 // `launch` of port.cuh raises the attribute if, and only if, dynamic memory alone needs it.
 void validate_shared(std::size_t static_bytes, std::size_t dynamic_bytes) {
     const std::size_t total = static_bytes + dynamic_bytes;
-    const char* problem = static_bytes > kDefaultShared         ? "more than 48 KiB of it static"
-                          : total > shared_limit(settings.arch) ? "more than the architecture has"
+    const char* problem = static_bytes > kDefaultShared ? "more than 48 KiB of it static"
+                          : total > shared_limit()      ? "more than the architecture has"
                           : total > kDefaultShared && dynamic_bytes <= kDefaultShared
                               ? "more than 48 KiB without the attribute, which launch() raises for "
                                 "dynamic memory alone"

@@ -6,7 +6,7 @@
 namespace zfcuda {
 namespace {
 
-constexpr int kTile = 8, kBugs = 20;
+constexpr int kTile = 8, kBugs = 25;
 
 // out[x, y] = in[y, x] for a square matrix of `size`: each block walks along a row of tiles.
 template <int Bug>
@@ -87,6 +87,33 @@ __global__ void swap_kernel(const int* in, int* out) {
     out[thread] = pair[thread ^ (Bug == 18 ? 32 : Bug == 16 ? 16 : 1)];
 }
 
+// out[turn][i] = in[turn][63 - i] + 63 - i: two teams take turns, of which the first has more.
+template <int Bug>
+__global__ void teams_kernel(const int* in, int* out) {
+    ZF_SHARED(int, common, 64);
+    ZF_SHARED(int, rows, 2 * 64);
+    const int thread = threadIdx.x, team = threadIdx.y;
+    if (team == 0) common[thread] = thread;
+    if (Bug == 19)
+        sync_team();
+    else
+        __syncthreads();
+    if (Bug == 23 && thread == 7) return;
+    for (int turn = team; turn < 5; turn += 2) {
+        rows[64 * team + thread] = in[64 * turn + thread];
+        if (Bug == 20) {
+            __syncwarp();
+        } else if (Bug == 22 && thread < 32) {
+            sync_team();
+        } else {
+            sync_team();
+        }
+        const int other = 63 - thread, from = Bug == 21 ? 1 - team : team;
+        out[64 * turn + thread] = rows[64 * from + other] + common[other];
+        if (Bug != 24) sync_team();
+    }
+}
+
 }  // namespace
 
 ZF_EXPORT const char* transpose(int bug, int size, const float* in, float* out) {
@@ -103,6 +130,14 @@ ZF_EXPORT const char* histogram(int bug, int size, const int* values, int* count
         with_constant<kBugs>(bug, [&](auto b) {
             launch(histogram_kernel<decltype(b)::value>, dim3(1), dim3(64), 0, Exec{}, size, values,
                    counts, total);
+        });
+    });
+}
+
+ZF_EXPORT const char* teams(int bug, const int* in, int* out) {
+    return message_of([&] {
+        with_constant<kBugs>(bug, [&](auto b) {
+            launch(teams_kernel<decltype(b)::value>, dim3(1), dim3(64, 2), 0, Exec{}, in, out);
         });
     });
 }
