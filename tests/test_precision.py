@@ -135,6 +135,60 @@ def test_convolution(backend, mode, size, filters, options):
     check_model(actual, torchs, image, weight, mode, options.get("groups", 1), merged)
 
 
+#: Several tiles of pixels for each of several teams, of which some have one more; pixels behind the last window; two
+#: column tiles of 64 and of 96; runs that begin at odd halves, in both copies of a patch; sums of one chunk.
+STAYING = [
+    ((3, 3, 39, 38), (96, 3, 7, 7), {"stride": 2, "padding": 1}),
+    ((2, 3, 39, 36), (64, 3, 11, 11), {"stride": 4, "padding": 2}),
+    ((3, 5, 12, 13), (192, 5, 5, 2), {"dilation": (2, 1)}),
+    ((2, 3, 20, 19), (100, 3, 3, 3), {"padding": 1}),
+    ((1, 3, 16, 150), (20, 3, 1, 3), {"padding": 1}),
+]
+
+
+@pytest.fixture(params=[(86, 1), (80, 1), (90, 2)], ids=["99 KiB", "163 KiB", "227 KiB"])
+def few_processors(request, emulator, monkeypatch):
+    """GPUs with more tiles than processors, whose shared memory holds weights and one, two or three teams."""
+    for name, value in zip(("arch", "processors"), request.param, strict=True):
+        monkeypatch.setattr(emulator, name, value)
+
+
+@pytest.mark.parametrize("backend", ["simt"], indirect=True)
+@AND_IEEE
+@pytest.mark.parametrize(("size", "filters", "options"), STAYING, ids=str)
+def test_weights_that_stay(backend, mode, few_processors, size, filters, options):
+    image, weight, bias = normal(*size), normal(*filters, seed=1), normal(filters[0], seed=2)
+    actual = ops.conv2d_relu(*placed(mode, backend.device, image, weight, bias), **options)
+
+    def torchs(x, w):
+        return F.conv2d(x, w, bias.to(x), **options).relu()
+
+    check_model(actual, torchs, image, weight, mode, merged=True)
+
+
+@pytest.mark.parametrize("backend", ["simt"], indirect=True)
+@AND_IEEE
+@pytest.mark.parametrize("after", ["pool", "norm", "maximum"])
+@pytest.mark.parametrize(("size", "filters", "options"), STAYING, ids=str)
+def test_pools_of_weights_that_stay(backend, mode, few_processors, after, size, filters, options):
+    """The same bits as of a convolution and what follows it."""
+    image, weight, bias = normal(*size), normal(*filters, seed=1), normal(filters[0], seed=2)
+    tensors = placed(mode, backend.device, image, weight, bias)
+    pool = {"pool_kernel_size": 3, "pool_stride": 2}
+    maps = ops.conv2d_relu(*tensors, **options)
+    pooled, switches = ops.max_pool2d(maps, 3, 2)
+    if after == "norm":
+        fused = ops.conv2d_relu_max_pool2d_norm(*tensors, **options, **pool, norm_size=5, norm_alpha=1e-2)
+        expected = (ops.local_response_norm(pooled, 5, alpha=1e-2), switches)
+    elif after == "maximum":
+        fused = ops.conv2d_relu_max_pool2d_maximum(*tensors, **options, **pool)
+        expected = (pooled, switches, *ops.map_maximum(maps, pooled, switches, 3, 2))
+    else:
+        fused, expected = ops.conv2d_relu_max_pool2d(*tensors, **options, **pool), (pooled, switches)
+    for one, other in zip(fused, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 def test_contiguous_tensors_are_worth_copies(backend):
     """The second layer of the paper in half precision: the same bits, of the tensor cores; see test_nchw.py."""

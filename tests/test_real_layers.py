@@ -94,9 +94,14 @@ def conv2d_relu_max_pool2d(image, weight, bias, stride, padding):
     return output, ops.indices_to_switches(indices, maps.shape, 3, 2)
 
 
+@pytest.mark.parametrize(("arch", "processors"), [(86, 132), (90, 10)], ids=["streamed weights", "weights that stay"])
 @layers(POOLED)
-def test_layer_with_its_pool(backend, layer):
+def test_layer_with_its_pool(backend, fast_emulator, monkeypatch, layer, arch, processors):
     """On -1, 0 and 1, whose many ties the switches must settle alike: sums below 256, exact in bfloat16 too."""
+    if arch == 90 and backend.name != "simt":
+        pytest.skip("it is the GPU that it is")
+    monkeypatch.setattr(fast_emulator, "arch", arch)
+    monkeypatch.setattr(fast_emulator, "processors", processors)
     image = whole_numbers(1, layer.channels, layer.size, layer.size, top=1)
     weight = whole_numbers(layer.maps, layer.channels, layer.kernel, layer.kernel, seed=1, top=1)
     options = {"stride": layer.stride, "padding": layer.padding}

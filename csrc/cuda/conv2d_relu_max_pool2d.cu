@@ -124,21 +124,27 @@ void by_boxes(const ConvShape& s, const Boxes& boxes, Dtype dtype, Address image
             using Factors = decltype(factors);
             using T = typename Factors::T;
             const T* const source = image.as<const T>();
-            const auto run = [&](auto tile, const auto& loop) {
-                using Tile = decltype(tile);
-                using Loop = std::decay_t<decltype(loop)>;
-                const int maps = Tile::kM * Tile::kN * int(sizeof(float));
-                const dim3 blocks = grid(Tile::kN);
-                launch(conv2d_relu_max_pool2d_loop_kernel<Factors, Tile, Loop>, blocks,
-                       dim3(Tile::kThreads), std::max(loop.bytes(), maps), exec, p, plan, loop,
-                       workspace.as<const T>(), bias.as<const T>(), to.of<T>());
-            };
             if (by.patches)
                 return with_patch_tile<Factors>(p.padded_columns, [&](auto tile) {
                     using Tile = decltype(tile);
-                    run(tile, ByPatch<Factors, Tile>{source, by.patch(plan.y.box, plan.x.box)});
+                    PatchPlan h = by.patch(plan.y.box, plan.x.box);
+                    const dim3 tiles = grid(Tile::kN);
+                    const auto [blocks, threads, bytes] =
+                        team_grid<Factors, Tile>(p, h, tiles, TileMaps<T, Tile>::kBytes, exec);
+                    launch(conv2d_relu_max_pool2d_patch_kernel<Factors, Tile>, blocks, threads,
+                           bytes, exec, p, plan, h, source, workspace.as<const T>(),
+                           bias.as<const T>(), to.of<T>());
                 });
             if constexpr (!std::is_same_v<Factors, Fma>) {
+                const auto run = [&](auto tile, const auto& loop) {
+                    using Tile = decltype(tile);
+                    using Loop = std::decay_t<decltype(loop)>;
+                    const dim3 blocks = grid(Tile::kN);
+                    launch(conv2d_relu_max_pool2d_loop_kernel<Factors, Tile, Loop>, blocks,
+                           dim3(Tile::kThreads), std::max(loop.bytes(), TileMaps<T, Tile>::kBytes),
+                           exec, p, plan, loop, workspace.as<const T>(), bias.as<const T>(),
+                           to.of<T>());
+                };
                 const auto others = [&](auto tile) {
                     using Tile = decltype(tile);
                     if (by.halos) return run(tile, ByHalo<Factors, Tile>{source, by.halo});

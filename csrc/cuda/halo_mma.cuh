@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                     void* result) {
     if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, memory);
-    const auto block = tap_block<kTransposed, Tile::kN>(p);
+    const auto block = tap_block<kTransposed, Tile::kN>(p, blockIdx.x);
     if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
     typename Tile::Accumulator sum = {};
     halo_product<Factors, Tile, kTransposed>(

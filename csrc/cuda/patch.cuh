@@ -15,6 +15,13 @@ struct PatchPlan {
     // Of all runs one after the other, filled up to whole chunks; 0 by FMA, which needs no table.
     int words;
     std::int64_t bytes;  // of both copies and the table of these words
+    // What a launch adds (team_grid in patch_product.cuh): bytes of the weights that stay in shared
+    // memory, or 0 where they are streamed; bytes of a team there; tiles of the product.
+    int kept, own;
+    unsigned tiles;
+
+    ZF_HD int table_bytes() const { return 8 * words; }
+    ZF_HD int chunks() const { return words / 16; }  // of 64 bytes
 };
 
 // How often the banks must serve the words of a fragment whose rows are pixels `apart` elements
@@ -53,7 +60,7 @@ inline PatchPlan patch_plan(const TapPlan& p, int bytes, std::int64_t lines, std
     h.tall = static_cast<int>((p.y.size - std::int64_t(1)) * p.y.stride + span);
     const std::int64_t second = bytes == 2 && step % 2 != 0 ? (words + 15) / 32 * 32 + 16 : 0;
     h.second = static_cast<int>(second);
-    h.bytes = 4 * (second + words) + 8 * h.words;
+    h.bytes = 4 * (second + words) + h.table_bytes();
     h.interleaved = p.way != Way::fma && patch_passes(2 * step, bytes) < patch_passes(step, bytes);
     return h;
 }
@@ -98,34 +105,40 @@ __device__ __forceinline__ int patch_pixel(const PatchPlan& h, int row) {
     return h.interleaved ? (row & ~15) | (row & 7) << 1 | (row >> 3 & 1) : row;
 }
 
-// A word of the runs: where it is from a pixel's first one, and the bits that belong to them.
+// A word of the runs: how many bytes it is from a pixel's first one, and the bits that belong to
+// them.
 struct alignas(8) RunWord {
     int offset;
     std::uint32_t mask;
 };
 
-// Shared memory: the stages of the weights, the table of words, and the patch.
+// Shared memory: the weights, all or in stages; the table of words; and of each team the patch,
+// whose place is free after the product, with that of weights that did not stay.
 template <typename Tile>
 struct PatchShared {
     static constexpr int kStage = Tile::kN * Tile::kPieces;
     static constexpr int kStages = Tile::kStages * kStage * int(sizeof(Piece));
-    Piece* stages;
+    Piece* weights;
     RunWord* table;
     std::uint32_t* patch;
+    Piece* after;
 
-    __device__ PatchShared(Piece* shared, const PatchPlan& h)
-        : stages(shared),
-          table(reinterpret_cast<RunWord*>(shared + kStages / 16)),
-          patch(reinterpret_cast<std::uint32_t*>(table + h.words)) {}
-    static std::size_t bytes(const PatchPlan& h) { return kStages + h.bytes; }
+    __device__ PatchShared(Piece* shared, const PatchPlan& h, int team) : weights(shared) {
+        Piece* const rest = shared + (h.kept != 0 ? h.kept : kStages) / 16;
+        Piece* const own = rest + (h.table_bytes() + team * h.own) / 16;
+        table = reinterpret_cast<RunWord*>(rest);
+        patch = reinterpret_cast<std::uint32_t*>(own);
+        after = h.kept != 0 ? own : shared;
+    }
 };
 
 // Fills the patch: a warp a row, lanes along its elements.
 template <typename T, int kThreads, typename RowOf>
 __device__ __forceinline__ void bring_patch(const TapPlan& p, const PatchPlan& h, const T* image,
                                             std::uint32_t* patch, RowOf&& row_of) {
-    const int lane = threadIdx.x % 32;
-    for (int row = threadIdx.x / 32; row < h.rows; row += kThreads / 32) {
+    const unsigned thread = kept(threadIdx.x);
+    const int lane = static_cast<int>(thread % 32);
+    for (int row = static_cast<int>(thread / 32); row < h.rows; row += kThreads / 32) {
         const TapPixel begin = row_of(row);
         const bool inside = static_cast<unsigned>(begin.y) < static_cast<unsigned>(p.height);
         const int low = inside ? -begin.x * p.pixel : h.pitch;

@@ -16,18 +16,19 @@
 //             +---+---+---+                        weights: a pass each, if pixels lie on banks of
 //               32 apart                           their own, as 3, 6 or 12 words apart
 //
-// Weights come by rows of taps, as many as have up to 48 products, which are multiplied while the
-// next ones are copied: two buffers, one barrier. k goes by threes, the colours of a pixel, and at
+// Weights stay in shared memory (patch_product.cuh), all rows of taps. Where they do not fit they
+// come by as many rows as have up to 48 products, which are multiplied while the next ones are
+// copied: two buffers, one barrier. k goes by threes, the colours of a pixel, and at
 // the end of a row by ones: there is no product too many, and with the 96 columns of ZFNet's first
 // layer none of them is empty. (The tile of 128 x 64, which it had, left a quarter empty.)
 //
 // Work: 96 FFMA for 11 shared loads, 8.7 a load, of which eight are of a word. Static: 288 of the
-// 326 to 336 instructions of three k are FFMA: 86 %, or 88 % where an address costs none (with a
-// pool, before sm_90); of the loop over taps that conv1 had before, 54 %. Shared memory: 36 KiB of
-// weights and the patch, at most 28 KiB: together what a T4 has; with a pool behind it the maps of
-// a block, 48 KiB, take its place. Two blocks an SM, of 184 registers a thread.
+// 336 instructions of three k are FFMA: 86 %; of the loop over taps that conv1 had before, 54 %.
+// Shared memory where weights are streamed: 36 KiB of these and the patch, at most 28 KiB: together
+// what a T4 has; with a pool behind it the maps of a block, 48 KiB, take its place. Two teams or
+// blocks a multiprocessor, of 162 to 219 registers a thread.
 //
-// Tried: 168 registers, for three blocks: without a pool it spills. Rejected on paper: 16 pixels a
+// Tried: 168 registers, for three: without a pool it spills. Rejected on paper: 16 pixels a
 // thread in blocks of 256 (91 %), whose maps, 96 KiB, a T4 cannot keep, and other GPUs once; runs
 // filled up to fours (24 products for 21).
 //
@@ -91,6 +92,42 @@ struct PatchTile {
     }
 };
 
+// The packed weights of a column tile: `rows` of taps at a time, as all that stay, or as fill a
+// buffer.
+template <typename Tile>
+struct PackedRows {
+    static constexpr int kRowPieces = Tile::kN / 4;
+    const float* from;
+    int columns, run, rows, end;
+
+    __device__ PackedRows(const TapPlan& p, const PatchPlan& h, const float* packed,
+                          int first_column)
+        : from(packed + first_column),
+          columns(p.padded_columns),
+          run(p.run),
+          rows(h.kept != 0 ? p.y.kernel : kMostRun / p.run),
+          end(p.y.kernel) {}
+    // Copies those from `row` on, each thread from a first piece and then every step-th one.
+    __device__ void bring(int row, Piece* to, int first, int step) const {
+        const int pieces = min(rows, end - row) * run * kRowPieces;
+        for (int i = first; i < pieces; i += step) {
+            const std::int64_t k = row * run + i / kRowPieces;
+            cp_async<16, true>(to + i, from + k * columns + i % kRowPieces * 4, 16);
+        }
+    }
+};
+
+// What is done once for all tiles: the weights, if they stay.
+template <typename Tile>
+__device__ __forceinline__ void begin_patches_by_fma(const TapPlan& p, const PatchPlan& h,
+                                                     const float* packed, int first_column,
+                                                     const PatchShared<Tile>& shared) {
+    if (h.kept != 0)
+        PackedRows<Tile>(p, h, packed, first_column)
+            .bring(0, shared.weights, threadIdx.y * Tile::kThreads + threadIdx.x,
+                   blockDim.y * Tile::kThreads);
+}
+
 template <typename Tile, typename BaseOf, typename RowOf>
 __device__ __forceinline__ void patch_product_by_fma(const TapPlan& p, const PatchPlan& h,
                                                      const float* image, int first_column,
@@ -98,40 +135,36 @@ __device__ __forceinline__ void patch_product_by_fma(const TapPlan& p, const Pat
                                                      const PatchShared<Tile>& shared,
                                                      typename Tile::Accumulator& sum,
                                                      BaseOf&& base_of, RowOf&& row_of) {
-    constexpr int kStage = PatchShared<Tile>::kStage, kRowPieces = Tile::kN / 4;
-    const int run = p.run, rows = kMostRun / run;  // of taps, at a time
+    PackedRows<Tile> weights(p, h, packed, first_column);
+    const int rows = weights.rows;
     const ChunkRange range = chunk_range((p.y.kernel + rows - 1) / rows);
     const int begin = range.first * rows;
-    const int end = min(begin + range.count * rows, p.y.kernel);
+    const int end = weights.end = min(begin + range.count * rows, p.y.kernel);
     const auto bring_weights = [&](int row, int stage) {
-        Piece* const to = shared.stages + stage * kStage;
-        const int pieces = min(rows, end - row) * run * kRowPieces;
-        for (int i = threadIdx.x; i < pieces; i += Tile::kThreads) {
-            const std::int64_t k = row * run + i / kRowPieces;
-            cp_async<16, true>(
-                to + i, packed + k * p.padded_columns + first_column + i % kRowPieces * 4, 16);
-        }
-        cp_async_commit();
+        Piece* const to = shared.weights + stage * PatchShared<Tile>::kStage;
+        weights.bring(row, to, threadIdx.x, Tile::kThreads);
     };
 
     int pixels[Tile::kRows];
 #pragma unroll
     for (int i = 0; i < Tile::kRows; ++i) pixels[i] = base_of(Tile::row(i));
     bring_patch<float, Tile::kThreads>(p, h, image, shared.patch, row_of);
-    bring_weights(begin, 0);
+    if (h.kept == 0) bring_weights(begin, 0);
+    cp_async_commit();
 
     int full = 0;
     for (int row = begin; row < end; row += rows, full = 1 - full) {
         // Everybody's copies of these rows have come, and nobody reads those before them any more.
         cp_async_wait<0>();
-        __syncthreads();
+        sync_team<Tile::kThreads>();
         bring_weights(row + rows, 1 - full);
-        const float* right =
-            reinterpret_cast<const float*>(shared.stages + full * kStage) + Tile::column(0);
+        cp_async_commit();
+        const Piece* const stage = shared.weights + full * PatchShared<Tile>::kStage;
+        const float* right = reinterpret_cast<const float*>(stage) + Tile::column(0);
         for (int y = row; y < min(row + rows, end); ++y) {
             const float* left =
                 reinterpret_cast<const float*>(shared.patch) + y * p.y.dilation * h.pitch;
-            int rest = run;
+            int rest = p.run;
             for (; rest >= 3; rest -= 3, left += 3, right += 3 * Tile::kN)
                 Tile::template multiply<3>(left, pixels, right, sum);
             for (; rest > 0; --rest, ++left, right += Tile::kN)
@@ -139,7 +172,7 @@ __device__ __forceinline__ void patch_product_by_fma(const TapPlan& p, const Pat
         }
     }
     cp_async_wait<0>();
-    __syncthreads();
+    sync_team<Tile::kThreads>();
 }
 
 }  // namespace zfcuda

@@ -160,16 +160,18 @@ struct PoolBlock {
     // of maps that lie in shared memory: channel c of pixel r at at(r, c). Lanes run along
     // channels in NHWC, along windows in NCHW; a thread stays with one channel of each kSide. If
     // the strongest are asked for, it also keeps those of its windows, whose values and positions
-    // are at hand, and the block's threads meet where the maps were. kWhole: the maps of all
+    // are at hand, and the team's threads meet where the maps were. kWhole: the maps of all
     // channels are there, so that a warp can normalise its windows, from register to register.
-    template <typename T, int kPart, int kThreads, bool kChannelsLast, bool kWhole, typename At>
-    __device__ void look_through(const TapPlan& p, const PoolPlan& pool, int part, Sum<T>* maps,
+    template <typename T, int kPart, int kThreads, bool kChannelsLast, bool kWhole, typename Map,
+              typename At>
+    __device__ void look_through(const TapPlan& p, const PoolPlan& pool, int part, Map* maps,
                                  At&& at, const PoolResults<T>& to) const {
         using V = Sum<T>;
         constexpr int kSide = kPart < 32 ? kPart : 32, kGroup = kThreads / kSide;
         constexpr int kSides = kPart / kSide;
-        const int side = kChannelsLast ? threadIdx.x % kSide : threadIdx.x / kGroup;
-        const int first = kChannelsLast ? threadIdx.x / kSide : threadIdx.x % kGroup;
+        const unsigned thread = kept(threadIdx.x);
+        const int side = static_cast<int>(kChannelsLast ? thread % kSide : thread / kGroup);
+        const int first = static_cast<int>(kChannelsLast ? thread / kSide : thread % kGroup);
         const int channels = p.columns - first_column - part;  // or more
         const std::int64_t first_channel = std::int64_t(group) * p.columns + first_column + part;
         Strongest<V> found[kSides];
@@ -179,8 +181,8 @@ struct PoolBlock {
             const bool reached = window < pool.windows() && oy < pool.y.reach && ox < pool.x.reach;
             const bool pools = reached && oy < pool.y.count && ox < pool.x.count;
             const auto map = [&](int s, int y, int x) {
-                const V value = maps[at((y - top) * pool.x.box + x - left, s * kSide + side)];
-                return value;
+                return static_cast<V>(
+                    maps[at((y - top) * pool.x.box + x - left, s * kSide + side)]);
             };
             const auto place = [&](int s) {
                 return pool.output.offset(n, first_channel + s * kSide + side, oy, ox);
@@ -218,10 +220,10 @@ struct PoolBlock {
         // Lanes along windows meet on banks of their own.
         constexpr int kPitch = kChannelsLast ? kPart : kPart + 16 / kGroup;
         auto* const met = reinterpret_cast<Strongest<V>*>(maps);
-        __syncthreads();
+        sync_team<kThreads>();
 #pragma unroll
         for (int s = 0; s < kSides; ++s) met[first * kPitch + s * kSide + side] = found[s];
-        __syncthreads();
+        sync_team<kThreads>();
         const int c = threadIdx.x;
         if (c >= kPart || c >= channels) return;
         Strongest<V> own;
@@ -261,11 +263,10 @@ struct PoolBlock {
     }
 };
 
-// That of this block, for tiles of kN columns.
+// That of a number, for tiles of kN columns.
 template <int kN>
-__device__ PoolBlock pool_block(const TapPlan& p, const PoolPlan& pool) {
+__device__ PoolBlock pool_block(const TapPlan& p, const PoolPlan& pool, unsigned block) {
     PoolBlock b;
-    unsigned block = blockIdx.x;
     b.first_column = static_cast<int>(block % p.column_tiles) * kN;
     block /= p.column_tiles;
     b.first_x = static_cast<int>(block % pool.x.tiles) * pool.x.tile;

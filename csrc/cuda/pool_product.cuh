@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     ZF_SHARED(TapPixel, pixels, kM);
     const int thread = threadIdx.x;
 
-    const PoolBlock block = pool_block<kN>(p, pool);
+    const PoolBlock block = pool_block<kN>(p, pool, blockIdx.x);
     if (thread < kM) pixels[thread] = block.pixel(p, pool, thread);
     __syncthreads();
     typename Tile::Accumulator sum = {};
@@ -80,14 +80,13 @@ __global__ void __launch_bounds__(kTileThreads, kResidentBlocks<Sum<T>>)
     }
 }
 
-// The other main loops, for the pixels of a box.
+// The other main loops of whole tiles, for the pixels of a box.
 template <typename Factors, typename Tile>
 struct ByTaps {
     using T = typename Factors::T;
     const T* image;
 
     int bytes() const { return Tile::kSharedBytes; }
-    __device__ int pixel(int row) const { return row; }
     __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
                             const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
         mma_product<Factors, Tile>(p, image, block.rows, block.columns, block.group,
@@ -103,7 +102,6 @@ struct ByHalo {
     HaloPlan h;
 
     int bytes() const { return HaloShared<Tile>::kBytes; }
-    __device__ int pixel(int row) const { return row; }
     __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
                             const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
         halo_product<Factors, Tile, false>(
@@ -114,63 +112,89 @@ struct ByHalo {
     }
 };
 
-template <typename Factors, typename Tile>
-struct ByPatch {
-    using T = typename Factors::T;
-    const T* image;
-    PatchPlan h;
+// The maps of a tile in shared memory, as memory would hold them: at most 48 KiB of floats, 28 of
+// halves. Eight lanes (of halves sixteen) write packs of four channels to two rows (four), pixels
+// that are neighbours or two apart (patch_pixel): these go to other banks than each other, and so
+// do windows, two pixels apart, that a warp reads.
+template <typename T, typename Tile>
+struct TileMaps {
+    static constexpr int kN = Tile::kN, kPitch = sizeof(T) == 2 && kN == 96 ? 112 : kN;
+    static constexpr int kBytes = Tile::kM * kPitch * int(sizeof(T));
 
-    int bytes() const { return static_cast<int>(PatchShared<Tile>::bytes(h)); }
-    __device__ int pixel(int row) const { return patch_pixel(h, row); }
-    __device__ void product(const TapPlan& p, const PoolPlan& pool, const PoolBlock& block,
-                            const T* packed, Piece* memory, typename Tile::Accumulator& sum) const {
-        patch_product<Factors, Tile>(
-            p, h, image, block.first_column, packed, PatchShared<Tile>(memory, h), sum,
-            [&](int number) { return block.patch_base(p, pool, h, number); },
-            [&](int row) { return block.patch_row(p, row); });
+    __device__ static int at(int pixel, int c) {
+        const int mixed = pixel ^ pixel >> 1;
+        int place = mixed & (sizeof(T) == 2 ? 3 : 1);
+        if (kPitch != kN) place = pixel >> 2 & 1;
+        return pixel * kPitch + (c ^ (place << 4 & (kN - 1)));
     }
 };
 
-// The same with one of these, in NHWC: tap_mma.cuh, halo_mma.cuh or patch_product.cuh; by the last
-// all 96 maps of ZFNet's first layer in one block. The maps, at most 48 KiB, take the place of what
-// was multiplied. Eight lanes write four packs of two rows at once: where a row fills the banks,
-// the two, one pixel apart or two (patch_pixel), differ in the half of the banks that they write;
-// and so do the windows, two pixels apart, that a warp reads.
-template <typename Factors, typename Tile, typename Loop>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
-    conv2d_relu_max_pool2d_loop_kernel(TapPlan p, PoolPlan pool, Loop loop,
-                                       const typename Factors::T* packed,
-                                       const typename Factors::T* bias,
-                                       PoolResults<typename Factors::T> results) {
-    using T = typename Factors::T;
-    constexpr int kN = Tile::kN;
-    if constexpr (!kMultiplies<Factors>) return never_launched();
-    ZF_DYNAMIC_SHARED(Piece, memory);
-    const PoolBlock block = pool_block<kN>(p, pool);
-    typename Tile::Accumulator sum = {};
-    loop.product(p, pool, block, packed, memory, sum);
-
-    auto* const maps = reinterpret_cast<float*>(memory);
-    const auto at = [](int pixel, int c) {
-        return pixel * kN + (c ^ ((pixel ^ pixel >> 1) << 4 & 16 & (kN - 1)));
-    };
+// The windows of a product in NHWC, whose maps take the place of what was multiplied; `pixel_of` is
+// the pixel of a row of the tile.
+template <typename Tile, typename T, typename PixelOf>
+__device__ __forceinline__ void pool_sums(const TapPlan& p, const PoolPlan& pool,
+                                          const PoolBlock& block,
+                                          const typename Tile::Accumulator& sum, Piece* memory,
+                                          const T* bias, const PoolResults<T>& results,
+                                          PixelOf&& pixel_of) {
+    using Maps = TileMaps<T, Tile>;
+    auto* const maps = reinterpret_cast<T*>(memory);
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
         float shift[4];
         load_bias(p, block.group, bias, block.first_column + Tile::column(j), shift);
 #pragma unroll
         for (int i = 0; i < Tile::kRows; ++i) {
-            Vector<float, 4> pack;
+            Vector<T, 4> pack;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float value = Tile::result(sum, i, j, e) + shift[e];
-                pack.value[e] = static_cast<float>(static_cast<T>(value));
-            }
-            store_vector(maps + at(loop.pixel(Tile::row(i)), Tile::column(j)), pack);
+            for (int e = 0; e < 4; ++e)
+                pack.value[e] = static_cast<T>(Tile::result(sum, i, j, e) + shift[e]);
+            store_vector(maps + Maps::at(pixel_of(Tile::row(i)), Tile::column(j)), pack);
         }
     }
-    __syncthreads();
-    block.look_through<T, kN, Tile::kThreads, true, true>(p, pool, 0, maps, at, results);
+    sync_team<Tile::kThreads>();
+    block.look_through<T, Tile::kN, Tile::kThreads, true, true>(p, pool, 0, maps, Maps::at,
+                                                                results);
+}
+
+// The same with one of these, tap_mma.cuh or halo_mma.cuh.
+template <typename Factors, typename Tile, typename Loop>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    conv2d_relu_max_pool2d_loop_kernel(TapPlan p, PoolPlan pool, Loop loop,
+                                       const typename Factors::T* packed,
+                                       const typename Factors::T* bias,
+                                       PoolResults<typename Factors::T> results) {
+    if constexpr (!kMultiplies<Factors>) return never_launched();
+    ZF_DYNAMIC_SHARED(Piece, memory);
+    const PoolBlock block = pool_block<Tile::kN>(p, pool, blockIdx.x);
+    typename Tile::Accumulator sum = {};
+    loop.product(p, pool, block, packed, memory, sum);
+    pool_sums<Tile>(p, pool, block, sum, memory, bias, results, [](int row) { return row; });
+}
+
+// The same by patches (patch_product.cuh): all 96 maps of ZFNet's first layer in one block.
+template <typename Factors, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads* kMostTeams<Factors>, 1)
+    conv2d_relu_max_pool2d_patch_kernel(TapPlan p, PoolPlan pool, PatchPlan h,
+                                        const typename Factors::T* image,
+                                        const typename Factors::T* packed,
+                                        const typename Factors::T* bias,
+                                        PoolResults<typename Factors::T> results) {
+    if constexpr (!kMultiplies<Factors>) return never_launched();
+    ZF_DYNAMIC_SHARED(Piece, memory);
+    begin_patches<Factors, Tile>(p, h, packed, memory);
+    for_tiles<Tile>(p, h, [&](unsigned tile) {
+        const PatchShared<Tile> shared(memory, h, threadIdx.y + zero_of(tile));
+        const auto pixel_of = [&](int row) { return patch_pixel(h, row + zero_of(tile)); };
+        typename Tile::Accumulator sum = {};
+        const PoolBlock from = pool_block<Tile::kN>(p, pool, tile);
+        patch_product<Factors, Tile>(
+            p, h, image, from.first_column, packed, shared, sum,
+            [&](int row) { return from.patch_base(p, pool, h, pixel_of(row)); },
+            [&](int row) { return from.patch_row(p, row); });
+        const PoolBlock to = pool_block<Tile::kN>(p, pool, kept(tile));
+        pool_sums<Tile>(p, pool, to, sum, shared.after, bias, results, pixel_of);
+    });
 }
 
 }  // namespace zfcuda

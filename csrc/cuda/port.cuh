@@ -189,7 +189,8 @@ constexpr int kArch = 80;  // nvcc's host pass, and the emulator
 // The same number, of unknown origin. The compiler prefers to compute cheap indices anew in every
 // turn of a loop to keeping them in registers, and the loads that need them wait; it cannot do
 // that with what a shuffle gave.
-__device__ __forceinline__ int kept(int number) {
+template <typename Number>
+__device__ __forceinline__ Number kept(Number number) {
 #if defined(ZF_SIMT)
     return number;
 #else
@@ -197,13 +198,18 @@ __device__ __forceinline__ int kept(int number) {
 #endif
 }
 
-// Waits for the threads of the same threadIdx.y: the whole block, or where it is of several teams
-// of whole warps, one of these, which have a barrier each. (There are sixteen; 0 is __syncthreads.)
+// Waits for the kThreads threads of the same threadIdx.y: the whole block, or where it is of
+// several teams of whole warps, one of these, which have a barrier each. (There are sixteen; 0 is
+// __syncthreads.) The number is read anew each time, so that it takes no register meanwhile.
+template <int kThreads>
 __device__ __forceinline__ void sync_team(ZF_SITE) {
 #if defined(ZF_SIMT)
-    simt::team_barrier({file, line});
+    simt::team_barrier(kThreads, {file, line});
 #else
-    asm volatile("bar.sync %0, %1;" ::"r"(threadIdx.y + 1), "r"(blockDim.x) : "memory");
+    asm volatile(
+        "{ .reg .u32 own; mov.u32 own, %%tid.y; add.u32 own, own, 1; bar.sync own, %0; }" ::"n"(
+            kThreads)
+        : "memory");
 #endif
 }
 

@@ -106,11 +106,10 @@ struct TapBlock {
     }
 };
 
-// That of this block. Column tiles vary fastest: blocks that run together share their source.
+// That of a number. Column tiles vary fastest: blocks that run together share their source.
 template <bool kTransposed, int kN>
-__device__ TapBlock<kTransposed> tap_block(const TapPlan& p) {
+__device__ TapBlock<kTransposed> tap_block(const TapPlan& p, unsigned block) {
     TapBlock<kTransposed> b;
-    unsigned block = blockIdx.x;
     b.first_column = static_cast<int>(block % p.column_tiles) * kN;
     block /= p.column_tiles;
     b.pixels = p.block_pixels;

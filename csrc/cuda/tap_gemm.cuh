@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                                      reinterpret_cast<V*>(right_tiles), pixels};
     const int thread = threadIdx.x;
 
-    const auto block = tap_block<kTransposed, kN>(p);
+    const auto block = tap_block<kTransposed, kN>(p, blockIdx.x);
     if (block.first_pixel >= block.pixel_count) return;  // later phases have fewer pixels
     if (thread < kM) {
         pixels[thread] = block.pixel(p, thread);

@@ -163,7 +163,7 @@ __device__ __forceinline__ void store_results(const TapPlan& p, const TapBlock<k
                                               void* result, PixelOf&& pixel_of) {
     for (int row = threadIdx.x; row < Tile::kM; row += Tile::kThreads)
         targets[row] = block.target(p, pixel_of(row));
-    __syncthreads();
+    sync_team<Tile::kThreads>();
     const auto to = tap_result<kTransposed>(p, forward, result);
 #pragma unroll
     for (int j = 0; j < Tile::kQuads; ++j) {
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                    void* result) {
     if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, stages);
-    const auto block = tap_block<false, Tile::kN>(p);
+    const auto block = tap_block<false, Tile::kN>(p, blockIdx.x);
     typename Tile::Accumulator sum = {};
     mma_product<Factors, Tile>(p, source, block.rows, block.columns, block.group,
                                block.first_column, packed, stages, sum,

@@ -114,9 +114,9 @@ inline std::int64_t merged_row(const ConvShape& s, Dtype dtype) {
     return (s.kernel_w * s.in_channels + word - 1) / word * word;
 }
 
-// Pieces of all rows, the last one filled up.
-inline std::int64_t merged_pieces(const ConvShape& s, Dtype dtype) {
-    return (s.kernel_h * merged_row(s, dtype) * element_bytes(dtype) + 15) / 16;
+// Chunks of all rows, of 64 bytes, the last one filled up.
+inline std::int64_t merged_chunks(const ConvShape& s, Dtype dtype) {
+    return (s.kernel_h * merged_row(s, dtype) * element_bytes(dtype) + 63) / 64;
 }
 
 // Whether a product's columns go by three times 32, as the 96 maps of ZFNet's first layer do: where
@@ -191,7 +191,7 @@ std::int64_t packed_weights(const ConvShape& given, Dtype dtype, Way way) {
     const std::int64_t columns = kTransposed ? s.in_per_group() : s.out_per_group();
     const bool merged = rows_merge<kTransposed>(s, dtype, way);
     const std::int64_t padded = tile_columns<kTransposed>(columns, dtype, way, merged);
-    if (merged) return 16 * merged_pieces(s, dtype) * padded;
+    if (merged) return 64 * merged_chunks(s, dtype) * padded;
     return s.groups * s.taps() * channels * padded *
            (way == Way::fma ? sum_bytes(dtype) : element_bytes(dtype));
 }

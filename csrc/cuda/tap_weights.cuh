@@ -69,7 +69,7 @@ __global__ void pack_weights_kernel(TapPlan p, const T* weight, Packed* packed) 
     }
 }
 
-// k = (row of taps, element of the run), where rows are merged; the last piece is filled up.
+// k = (row of taps, element of the run), where rows are merged; the last chunk is filled up.
 template <typename T>
 struct MergedWeights {
     const T* weight;
@@ -141,9 +141,9 @@ void launch_pack_weights(const TapPlan& p, Address weight, Address packed, const
 template <typename Packed, typename Weights>
 void launch_pack_few_weights(const TapPlan& p, const Weights& weights, Address packed,
                              const Exec& exec) {
-    constexpr int kPiece = Pack<Packed>::size;
+    constexpr int kChunk = 64 / sizeof(Packed);
     const std::int64_t all = std::int64_t(p.y.kernel) * p.x.kernel * p.channels;
-    const std::int64_t products = p.run != 0 ? (all + kPiece - 1) / kPiece * kPiece : all;
+    const std::int64_t products = p.run != 0 ? (all + kChunk - 1) / kChunk * kChunk : all;
     const std::int64_t values = products * p.padded_columns;
     if (values == 0) return;
     launch(pack_few_weights_kernel<Packed, Weights>,

@@ -29,6 +29,9 @@ from simt.backend import Emulator  # noqa: E402
 from zfcuda import core, ops  # noqa: E402
 from zfcuda.ops import _register  # noqa: E402
 
+#: Sources of functions that only load, store and convert.
+_LOADS = ("vector.cuh", "port.cuh", "cuda_fp16.hpp", "cuda_bf16.hpp")
+
 
 @dataclass(frozen=True)
 class Access:
@@ -49,9 +52,9 @@ class Access:
 
     @property
     def place(self) -> tuple[str, int]:
-        """File and line of the source, outside the functions that only load and store."""
+        """File and line of the source, outside the functions of _LOADS."""
         places = [place.rpartition(":") for place in self.where.split(", from ")]
-        name, _, number = next((p for p in places if p[0] not in ("vector.cuh", "port.cuh")), places[0])
+        name, _, number = next((p for p in places if p[0] not in _LOADS), places[0])
         return name, int(number)
 
     @property
@@ -120,21 +123,19 @@ EXPLAINED = [
         "main loop: eight pixels of two images, or eight of which the last lie behind the box of a pool",
     ),
     Explained(
-        "patch_kernel|conv2d_relu_max_pool2d_loop_kernel",
-        "[one.offset] & one.mask",
+        ".*patch_kernel",
+        "(word) & one.mask",
         2.2,
         "main loop: pixels of two lines, pieces that go on in the next row of taps (of halves; of floats where taps are"
         " apart), or (5 channels) runs at a distance that no order of the pixels keeps apart",
     ),
-    Explained(
-        "patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "left[pixels[i] + k]", 1.5, "main loop: pixels of two lines"
-    ),
+    Explained(".*patch_kernel", "left[pixels[i] + k]", 1.5, "main loop: pixels of two lines"),
     Explained("copy_layout_kernel", "", 2, "sides that do not divide 32, and elements of less than a word"),
-    Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "cp_async<4>(to + e", 2, _DIVERGENT),
-    Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "to[e] = value", 2, _DIVERGENT),
-    Explained("patch_kernel|conv2d_relu_max_pool2d_loop_kernel", "[e + 1] = value", 2, _DIVERGENT),
+    Explained(".*patch_kernel", "cp_async<4>(to + e", 2, _DIVERGENT),
+    Explained(".*patch_kernel", "to[e] = value", 2, _DIVERGENT),
+    Explained(".*patch_kernel", "[e + 1] = value", 2, _DIVERGENT),
     Explained("conv2d_relu_max_pool2d_kernel", "store_vector(maps + at", 8, _EPILOGUE),
-    Explained("conv2d_relu_max_pool2d", "const V value = maps[", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
+    Explained("conv2d_relu_max_pool2d", "maps[at((y - top)", 8, f"{_EPILOGUE}: windows 2 pixels apart"),
     Explained(
         "pack_weights_kernel", "store_packed(p, packed, (group", 2, "halves, once a call: an odd pitch of words of two"
     ),

@@ -35,11 +35,13 @@ std::vector<std::string> look_up(const void* pc) {
         text("addr2line -Cfie '%s' %#x 2>/dev/null", module_path(), code_offset(pc));
     std::vector<std::string> lines;
     if (FILE* pipe = popen(command.c_str(), "r")) {
-        char buffer[4096];
-        while (std::fgets(buffer, sizeof buffer, pipe)) {
-            lines.emplace_back(buffer);
+        char* line = nullptr;  // names of templates know no bounds
+        std::size_t room = 0;
+        while (getline(&line, &room, pipe) >= 0) {
+            lines.emplace_back(line);
             lines.back().erase(lines.back().find_last_not_of('\n') + 1);
         }
+        std::free(line);
         pclose(pipe);
     }
     return lines;

@@ -249,11 +249,15 @@ Votes barrier(const char* function, int predicate, Site site) {
     return wait_at(launch_now->whole, function, predicate, site);
 }
 
-void team_barrier(Site site) {
+void team_barrier(int threads, Site site) {
     constexpr int kMostTeams = 15;  // of sixteen barriers, but for that of the block
     const dim3& block = launch_now->block;
     if (block.y > 1 && (block.x % 32 != 0 || block.y > kMostTeams || block.z > 1))
         fail("team barrier", "teams are at most 15, of whole warps");
+    if (own_team().threads != threads)
+        fail("team barrier", text("for %d threads, in a team of %d at %s:%d", threads,
+                                  own_team().threads, site.file, site.line)
+                                 .c_str());
     wait_at(own_team(), "sync_team", 0, site);
 }
 

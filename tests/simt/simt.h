@@ -65,8 +65,8 @@ struct Votes {
 };
 Votes barrier(const char* function, int predicate, Site site);
 
-// Waits for the threads of the block whose threadIdx.y is the same, whole warps.
-void team_barrier(Site site);
+// Waits for the threads of the block whose threadIdx.y is the same, whole warps, so many.
+void team_barrier(int threads, Site site);
 
 // Waits for the lanes of `mask`; the last one to arrive calls `complete` with the `mine` of each.
 void meet(unsigned mask, const char* function, Site site, void* mine,

@@ -39,6 +39,7 @@ BUGS = {
     ("teams", 22): "divergent barrier",
     ("teams", 23): "barrier after exit|deadlock",
     ("teams", 24): f"{WAR}|{RAW}",  # no barrier before the next turn
+    ("teams", 25): "team barrier",  # of another number of threads
     ("product", 1): WAR,  # no barrier before the asynchronous refill
     ("product", 2): "access to a pending asynchronous copy",  # waits for too few groups
     ("product", 3): RAW,  # no barrier after the wait

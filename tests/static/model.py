@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from cubins import ARCHS, Kernel, compile_all
 from report import markdown
@@ -71,6 +72,21 @@ GPUS = (
 
 
 @dataclass(frozen=True)
+class Teams:
+    """Of a kernel whose weights may stay in shared memory (patch_product.cuh): their bytes, those of a team."""
+
+    weights: int
+    own: int
+    most: int
+    threads: int = 128
+
+    def on(self, kernel: Kernel) -> int:
+        """How many a multiprocessor holds; 0 where weights are streamed."""
+        teams = min(self.most, ((ARCHS[kernel.arch].shared_kib - 1) * 1024 - self.weights) // self.own)
+        return teams if teams > 1 else 0
+
+
+@dataclass(frozen=True)
 class Launch:
     """One product of a layer. ``slices``: rows and products of a sum, of each phase of a stride."""
 
@@ -84,6 +100,7 @@ class Launch:
     dynamic: int = field(default=0)  # shared memory of a block
     read: float = field(default=1.0)  # the part of its rows' factors that a block reads, the rest being the same again
     then: float = field(default=0.0)  # bytes of a second kernel
+    teams: Teams | None = None
 
 
 @dataclass(frozen=True)
@@ -129,19 +146,25 @@ class Layer:
     def up(self) -> Iterator[Launch]:
         conv, factors, rows = self.conv, self.mode.factors, BATCH * self.conv.out_size**2
         pool = POOLED.get(conv)
-        more: dict[str, float] = {}
+        more: dict[str, Any] = {}
+        after: dict[str, Any] = {}  # with the pool
         depth = self.depth
         if not factors and self.few:
-            more = {"dynamic": 49_152, "read": 0.1}
+            weights = self.depth * 96 * 4
+            more = {"dynamic": 49_152, "read": 0.1, "teams": Teams(weights, 10_240, 2)}
+            after = {"teams": Teams(weights, 49_152, 2)}
             forward = "patch_kernel<Fma, PatchTile<96>"
-            fused = "conv2d_relu_max_pool2d_loop_kernel<Fma, PatchTile<96>"
+            fused = "conv2d_relu_max_pool2d_patch_kernel<Fma, PatchTile<96>"
         elif not factors:
             forward = "tap_gemm_kernel<float, Tile<float, 128, 128,.*false, true, 4, Tensor"
             fused = "conv2d_relu_max_pool2d_kernel<float, Tile<float, 128, 64,.*true, 4>"
         elif self.few:
-            more, depth = {"dynamic": 29_000, "read": 0.1}, self.merged
+            depth = self.merged
+            weights = depth * 96 * self.mode.size + 2 * depth * self.mode.size  # and the table
+            more = {"dynamic": 29_000, "read": 0.1, "teams": Teams(weights, 10_240, 3)}
+            after = {"teams": Teams(weights, 49_152 if self.mode.size == 4 else 28_672, 3)}
             forward = f"patch_kernel<{factors}, MmaTile<128, 96,"
-            fused = f"conv2d_relu_max_pool2d_loop_kernel<{factors}, MmaTile<128, 96,.*ByPatch"
+            fused = f"conv2d_relu_max_pool2d_patch_kernel<{factors}, MmaTile<128, 96,"
         else:
             more = {"dynamic": 80_160, "read": 2.2 * conv.stride**2 / conv.kernel**2}
             forward = f"halo_mma_kernel<{factors}, MmaTile<128, 128,.*false, Tensor"
@@ -152,7 +175,7 @@ class Layer:
         pooled = BATCH * conv.maps * pool.pooled_size**2
         more["least"] = self.mode.size * (conv.inputs(BATCH) + conv.weights + pooled) + pooled
         boxed = 128 * BATCH * _boxes(pool.pooled_size)
-        yield self.launch("forward with pool, in boxes", fused, [(boxed, depth)], conv.maps, **more)
+        yield self.launch("forward with pool, in boxes", fused, [(boxed, depth)], conv.maps, **more | after)
         then = self.mode.size * (BATCH * conv.maps * conv.out_size**2 + pooled) + pooled
         yield self.launch("forward, then its pool", forward, [(rows, depth)], conv.maps, then=then, **more)
 
@@ -213,20 +236,21 @@ def _tile(kernel: Kernel) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (64, 64)
 
 
-def _resident(kernel: Kernel, dynamic: int) -> int:
+def _resident(kernel: Kernel, dynamic: int, threads: int) -> int:
     """Blocks that a multiprocessor holds."""
     limits = ARCHS[kernel.arch]
-    assert kernel.threads
-    registers = limits.registers // (math.ceil(kernel.registers / 8) * 8 * kernel.threads)
+    registers = limits.registers // (math.ceil(kernel.registers / 8) * 8 * threads)
     return max(1, min(registers, limits.shared_kib * 1024 // (kernel.shared + dynamic + 1024)))
 
 
 def microseconds(launch: Launch, gpu: Gpu, kernel: Kernel) -> float:
     """The model of the head of this file."""
     rows, columns = _tile(kernel)
-    loop = kernel.code.shortest_round or kernel.code.main_loop
-    assert loop and kernel.threads
-    warps = kernel.threads // 32
+    teams = launch.teams.on(kernel) if launch.teams else 0
+    loop = (kernel.code.bare_round if teams else kernel.code.shortest_round) or kernel.code.main_loop
+    threads = launch.teams.threads if launch.teams else kernel.threads
+    assert loop and threads
+    warps = threads // 32
     per_product = {"FFMA": 32, "HMMA": 16 * 8 * (8 if launch.mode.size == 4 else 16)}[loop.product or ""]
     round_products = warps * loop.products * per_product  # multiply-adds of a block
     blocks, cycles = 0, 0.0
@@ -234,11 +258,11 @@ def microseconds(launch: Launch, gpu: Gpu, kernel: Kernel) -> float:
         mine = math.ceil(count / rows) * math.ceil(launch.columns / columns)
         products = rows * columns * depth
         issue = products / round_products * len(loop.instructions) * warps / 4
-        bytes_read = depth * launch.mode.size * (launch.read * rows + columns)
+        bytes_read = depth * launch.mode.size * (launch.read * rows + (0 if teams else columns))
         block = max(products / gpu.rates[launch.mode.name], issue, bytes_read / gpu.second_level)
         blocks += mine
         cycles += mine * block
-    resident = _resident(kernel, launch.dynamic)
+    resident = teams or _resident(kernel, launch.dynamic, threads)
     if "weight_gradient" in kernel.name:  # splits make whole waves
         waves = blocks / (gpu.processors * resident)
     else:
@@ -279,6 +303,8 @@ def page(kernels: list[Kernel]) -> str:
   of its multiply-adds, of issuing the instructions of its shortest round, or of reading from the second-level cache,
   whichever takes longest; or the bytes. No latency, no epilogue, nothing of what gathers: a GPU will take longer. On
   Hopper `mma.sync` reaches less than two thirds of the peak.
+- Where weights of images of few channels stay in shared memory (`csrc/cuda/patch_product.cuh`), a multiprocessor has as
+  many tiles at once as teams, and reads weights for none of them.
 - What only moves data (pools, unpooling, normalisation, ReLU) is bound by its bytes: its floor is its model.
 - A layer with its pool runs in boxes, which compute some pixels twice but write no maps, or one after the other. The
   library takes what its own estimate (`csrc/cuda/tap_choice.cuh`) finds cheaper: here boxes for conv1, in every mode,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 from cubins import ARCHS, Kernel, compile_all
+from promises import product
 from sass import Code, Issued
 from tools import build
 
@@ -68,11 +69,11 @@ def once_round(loop: Issued) -> list[str]:
 LOOP_HEAD = ["", "shared loads", "global loads", "shared stores", "conversions", "barriers"]
 
 
-def share(code: Code | None) -> str:
-    """``61% to 75% · 9.8``: of a main loop and of its shortest round; for each shared load."""
+def share(code: Code | None, bare: bool = False) -> str:
+    """``61% to 75% · 9.8``: of a main loop and of its shortest round, perhaps a bare one; for each shared load."""
     if code is None or (loop := code.main_loop) is None:
         return "–"
-    most = code.shortest_round
+    most = code.bare_round if bare else code.shortest_round
     return f"{loop.share:.0%}{f' to {most.share:.0%}' if most else ''} · {loop.per_shared_load:.1f}"
 
 
@@ -82,8 +83,11 @@ def products(kernels: list[Kernel], more: list[list[str]]) -> str:
     for archs in by_kernel(kernels):
         loops = {arch: archs[arch].code.main_loop for arch in SHOWN if arch in archs}
         if first := next(filter(None, loops.values()), None):
-            shares = [share(archs[a].code if a in archs else None) for a in SHOWN]
-            rows.append([f"`{archs[min(archs)].name}`", *shares, *once_round(first)])
+            name = archs[min(archs)].name
+            promise = product(name)
+            bare = promise is not None and promise.bare > 0
+            shares = [share(archs[a].code if a in archs else None, bare) for a in SHOWN]
+            rows.append([f"`{name}`", *shares, *once_round(first)])
     return markdown(["main loop", *(f"sm_{a}" for a in SHOWN), *LOOP_HEAD], rows + more)
 
 
@@ -118,7 +122,8 @@ main loop that keeps less than `tests/static/promises.py` says. None of this is 
   share is of all instructions of the loop, each counted once, those too that most rounds pass over (what entering
   another tap costs, the edges of an image, the gathering of an unpooled source): a lower bound. The second is of the
   shortest way round that multiplies all, reads global memory and fills shared memory: an upper bound, reached by rounds
-  that enter no other tap and, where a halo comes by and by, bring nothing of it.
+  that enter no other tap and, where a halo comes by and by, bring nothing of it. Of images of few channels
+  (`patch_kernel`), whose weights stay in shared memory, it is of the rounds that bring nothing and wait for nobody.
 - The other columns: once round the loop on sm_{SHOWN[0]}; accesses as *count×bits a lane*.
 - CUTLASS: the same of its kernels for sm_80, from the headers of pip's package compiled by the same nvcc, for scale.
 

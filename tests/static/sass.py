@@ -96,6 +96,11 @@ class Issued:
         return self.bases["BAR"]
 
     @property
+    def waits(self) -> int:
+        """Barriers, and waits for asynchronous copies."""
+        return self.barriers + self.bases["DEPBAR"]
+
+    @property
     def local(self) -> int:
         """Accesses to local memory."""
         return self.bases["LDL"] + self.bases["STL"]
@@ -174,6 +179,14 @@ class Code:
         What a loop passes over in most rounds, or does in a smaller loop of its own, is not in it. None if there is
         no such way.
         """
+        return self._round(frozenset({"read", "fill"}))
+
+    @cached_property
+    def bare_round(self) -> Issued | None:
+        """The same without the two, of a loop whose operands may all lie in shared memory before it."""
+        return self._round(frozenset())
+
+    def _round(self, wanted: frozenset[str]) -> Issued | None:
         loop = self._main_loop
         first = min((i for i in loop if self.instructions[i].base in PRODUCTS), default=-1)
         done: frozenset[str] = frozenset()
@@ -181,9 +194,9 @@ class Code:
         left = deque([(first, done)] if loop else [])
         while left:
             place = left.popleft()
-            done = place[1] | _FEEDS.get(self.instructions[place[0]].base, set())
+            done = place[1] | (_FEEDS.get(self.instructions[place[0]].base, set()) & wanted)
             for i in self._next(place[0]):
-                if i == first and len(done) == 2:
+                if i == first and done == wanted:
                     way = [place[0]]
                     while place in before:
                         place = before[place]

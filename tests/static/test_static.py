@@ -66,6 +66,8 @@ def broken(kernel: Kernel, loop: sass.Issued) -> list[str]:
         problems.append(f"{loop.per_shared_load:.2f} for each shared load, less than {promise.per_shared_load}")
     if promise.round and ((best := kernel.code.shortest_round) is None or best.share < promise.round):
         problems.append(f"its shortest round is {best and f'{best.share:.1%}'}, less than {promise.round:.0%}")
+    if promise.bare and ((bare := kernel.code.bare_round) is None or bare.share < promise.bare or bare.waits):
+        problems.append(f"its bare round is {bare and f'{bare.share:.1%}, {bare.waits} waits'}, not {promise.bare:.0%}")
     if not promise.copies_narrow and set(loop.widths("LDGSTS")) - {128}:
         problems.append(f"asynchronous copies of {dict(loop.widths('LDGSTS'))} bits, not 128")
     tf32 = any(i.base == "HMMA" and "TF32" in i.opcode for i in loop.instructions)

@@ -6,7 +6,7 @@
 namespace zfcuda {
 namespace {
 
-constexpr int kTile = 8, kBugs = 25;
+constexpr int kTile = 8, kBugs = 26;
 
 // out[x, y] = in[y, x] for a square matrix of `size`: each block walks along a row of tiles.
 template <int Bug>
@@ -95,7 +95,7 @@ __global__ void teams_kernel(const int* in, int* out) {
     const int thread = threadIdx.x, team = threadIdx.y;
     if (team == 0) common[thread] = thread;
     if (Bug == 19)
-        sync_team();
+        sync_team<64>();
     else
         __syncthreads();
     if (Bug == 23 && thread == 7) return;
@@ -104,13 +104,13 @@ __global__ void teams_kernel(const int* in, int* out) {
         if (Bug == 20) {
             __syncwarp();
         } else if (Bug == 22 && thread < 32) {
-            sync_team();
+            sync_team<64>();
         } else {
-            sync_team();
+            sync_team<64>();
         }
         const int other = 63 - thread, from = Bug == 21 ? 1 - team : team;
         out[64 * turn + thread] = rows[64 * from + other] + common[other];
-        if (Bug != 24) sync_team();
+        if (Bug != 24) sync_team<Bug == 25 ? 128 : 64>();
     }
 }
 
