@@ -220,6 +220,23 @@ def test_the_convolution_of_some_images_at_a_time(backend, request, monkeypatch,
     assert torch.equal(maxima.cpu(), F.conv2d(*sample.tensors).relu().float().flatten(2).amax(2))
 
 
+@pytest.mark.parametrize("backend", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "mode"), [*((torch.float32, mode) for mode in ("ieee", "3xtf32", "tf32")), *((h, "ieee") for h in HALVES)]
+)
+def test_weights_that_stay_in_shared_memory(backend, dtype, mode):
+    """More tiles of few channels than a GPU has multiprocessors; test_precision.py has the emulator's."""
+    image = whole_numbers(16, 3, 120, 120, top=1).contiguous(memory_format=torch.channels_last)
+    weight, bias = whole_numbers(96, 3, 7, 7, seed=1, top=1), whole_numbers(96, seed=2)
+    tensors = [t.to(backend.device, dtype) for t in (image, weight, bias)]
+    with zfcuda.set_fp32_precision(mode):
+        maps = ops.conv2d_relu(*tensors, stride=2, padding=1)
+        pooled, switches = ops.conv2d_relu_max_pool2d(*tensors, stride=2, padding=1, **POOL)
+    assert torch.equal(maps.cpu().double(), F.conv2d(image, weight, bias, 2, 1).relu())
+    for one, other in zip((pooled, switches), torchs(image, weight, bias, 2, 1, **POOL), strict=True):
+        assert torch.equal(one.cpu().to(other.dtype), other)
+
+
 @pytest.mark.parametrize("mode", ["ieee", "tf32"])
 @pytest.mark.parametrize(("channels", "maps"), [(3, 96), (64, 64), (200, 24)])
 def test_an_image_that_no_vector_loads(backend, channels, maps, mode):
