@@ -50,7 +50,6 @@ struct Fma {
 template <int kColumnsOfBlock>
 struct PatchTile {
     static constexpr int kM = 128, kN = kColumnsOfBlock, kThreads = 128;
-    static constexpr int kResident = 2;
     static constexpr int kPieces = kMostRun / 4;  // of a column at a time
     static constexpr int kStages = 2;
     static constexpr int kRows = 8, kQuads = kN / 32;
@@ -92,24 +91,18 @@ struct PatchTile {
     }
 };
 
-// The packed weights of a column tile: `rows` of taps at a time, as all that stay, or as fill a
-// buffer.
+// The packed weights of a column tile, by rows of taps.
 template <typename Tile>
 struct PackedRows {
     static constexpr int kRowPieces = Tile::kN / 4;
     const float* from;
-    int columns, run, rows, end;
+    int columns, run;
 
-    __device__ PackedRows(const TapPlan& p, const PatchPlan& h, const float* packed,
-                          int first_column)
-        : from(packed + first_column),
-          columns(p.padded_columns),
-          run(p.run),
-          rows(h.kept != 0 ? p.y.kernel : kMostRun / p.run),
-          end(p.y.kernel) {}
-    // Copies those from `row` on, each thread from a first piece and then every step-th one.
-    __device__ void bring(int row, Piece* to, int first, int step) const {
-        const int pieces = min(rows, end - row) * run * kRowPieces;
+    __device__ PackedRows(const TapPlan& p, const float* packed, int first_column)
+        : from(packed + first_column), columns(p.padded_columns), run(p.run) {}
+    // Copies so many from `row` on, if any, each thread from a first piece and then every step-th.
+    __device__ void bring(int row, int rows, Piece* to, int first, int step) const {
+        const int pieces = rows * run * kRowPieces;
         for (int i = first; i < pieces; i += step) {
             const std::int64_t k = row * run + i / kRowPieces;
             cp_async<16, true>(to + i, from + k * columns + i % kRowPieces * 4, 16);
@@ -123,8 +116,8 @@ __device__ __forceinline__ void begin_patches_by_fma(const TapPlan& p, const Pat
                                                      const float* packed, int first_column,
                                                      const PatchShared<Tile>& shared) {
     if (h.kept != 0)
-        PackedRows<Tile>(p, h, packed, first_column)
-            .bring(0, shared.weights, threadIdx.y * Tile::kThreads + threadIdx.x,
+        PackedRows<Tile>(p, packed, first_column)
+            .bring(0, p.y.kernel, shared.weights, threadIdx.y * Tile::kThreads + threadIdx.x,
                    blockDim.y * Tile::kThreads);
 }
 
@@ -135,14 +128,14 @@ __device__ __forceinline__ void patch_product_by_fma(const TapPlan& p, const Pat
                                                      const PatchShared<Tile>& shared,
                                                      typename Tile::Accumulator& sum,
                                                      BaseOf&& base_of, RowOf&& row_of) {
-    PackedRows<Tile> weights(p, h, packed, first_column);
-    const int rows = weights.rows;
+    const PackedRows<Tile> weights(p, packed, first_column);
+    const int rows = h.kept != 0 ? p.y.kernel : kMostRun / p.run;  // at a time
     const ChunkRange range = chunk_range((p.y.kernel + rows - 1) / rows);
     const int begin = range.first * rows;
-    const int end = weights.end = min(begin + range.count * rows, p.y.kernel);
+    const int end = min(begin + range.count * rows, p.y.kernel);
     const auto bring_weights = [&](int row, int stage) {
         Piece* const to = shared.weights + stage * PatchShared<Tile>::kStage;
-        weights.bring(row, to, threadIdx.x, Tile::kThreads);
+        weights.bring(row, min(rows, end - row), to, threadIdx.x, Tile::kThreads);
     };
 
     int pixels[Tile::kRows];

@@ -99,21 +99,26 @@ __device__ __forceinline__ void begin_patches(const TapPlan& p, const PatchPlan&
     __syncthreads();
 }
 
-// body(tile) for the tiles of this team, which are of the column tile of its block.
-template <typename Tile, typename Body>
-__device__ __forceinline__ void for_tiles(const TapPlan& p, const PatchPlan& h, Body&& body) {
-    const unsigned columns = p.column_tiles, step = gridDim.x * blockDim.y;
-    const unsigned row = blockIdx.x / columns * blockDim.y + threadIdx.y;
-    for (unsigned tile = row * columns + blockIdx.x % columns; tile < h.tiles; tile += step) {
-        body(tile);
-        sync_team<Tile::kThreads>();  // nobody reads what the next patch takes the place of any
-                                      // more
-    }
-}
-
 // Zero, of which the compiler does not know that it is the same for all tiles: what is computed
 // with it takes no register from tile to tile.
 __device__ __forceinline__ int zero_of(unsigned tile) { return static_cast<int>(tile >> 31); }
+
+// body(tile, shared, pixel_of) for the tiles of this team, which are of the column tile of its
+// block; `pixel_of` is the pixel of a row of the tile.
+template <typename Factors, typename Tile, typename Body>
+__device__ __forceinline__ void for_tiles(const TapPlan& p, const PatchPlan& h,
+                                          const typename Factors::T* packed, Piece* memory,
+                                          Body&& body) {
+    begin_patches<Factors, Tile>(p, h, packed, memory);
+    const unsigned columns = p.column_tiles, step = gridDim.x * blockDim.y;
+    const unsigned row = blockIdx.x / columns * blockDim.y + threadIdx.y;
+    for (unsigned tile = row * columns + blockIdx.x % columns; tile < h.tiles; tile += step) {
+        const PatchShared<Tile> shared(memory, h, threadIdx.y + zero_of(tile));
+        body(tile, shared, [&](int row) { return patch_pixel(h, row + zero_of(tile)); });
+        // Nobody reads any more what the next patch takes the place of.
+        sync_team<Tile::kThreads>();
+    }
+}
 
 // `base_of(row)` is patch_base of the pixel of a row of the tile, `row_of(row)` is patch_row of the
 // patch's; every thread of the team may use its shared memory again afterwards.
@@ -138,20 +143,18 @@ __global__ void __launch_bounds__(Tile::kThreads* kMostTeams<Factors>, 1)
                  const typename Factors::T* forward, void* result) {
     if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, memory);
-    begin_patches<Factors, Tile>(p, h, packed, memory);
-    for_tiles<Tile>(p, h, [&](unsigned tile) {
-        const PatchShared<Tile> shared(memory, h, threadIdx.y + zero_of(tile));
-        const auto pixel_of = [&](int row) { return patch_pixel(h, row + zero_of(tile)); };
-        typename Tile::Accumulator sum = {};
-        const auto from = tap_block<false, Tile::kN>(p, tile);
-        patch_product<Factors, Tile>(
-            p, h, image, from.first_column, packed, shared, sum,
-            [&](int row) { return patch_base(from, p, h, pixel_of(row)); },
-            [&](int row) { return patch_row(from, p, h, row); });
-        const auto to = tap_block<false, Tile::kN>(p, kept(tile));
-        store_results<Tile>(p, to, sum, reinterpret_cast<TapPixel*>(shared.after), bias, forward,
-                            result, pixel_of);
-    });
+    for_tiles<Factors, Tile>(
+        p, h, packed, memory, [&](unsigned tile, const auto& shared, auto&& pixel_of) {
+            typename Tile::Accumulator sum = {};
+            const auto from = tap_block<false, Tile::kN>(p, tile);
+            patch_product<Factors, Tile>(
+                p, h, image, from.first_column, packed, shared, sum,
+                [&](int row) { return patch_base(from, p, h, pixel_of(row)); },
+                [&](int row) { return patch_row(from, p, h, row); });
+            const auto to = tap_block<false, Tile::kN>(p, kept(tile));
+            store_results<Tile>(p, to, sum, reinterpret_cast<TapPixel*>(shared.after), bias,
+                                forward, result, pixel_of);
+        });
 }
 
 template <typename Factors>

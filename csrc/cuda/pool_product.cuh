@@ -122,9 +122,8 @@ struct TileMaps {
     static constexpr int kBytes = Tile::kM * kPitch * int(sizeof(T));
 
     __device__ static int at(int pixel, int c) {
-        const int mixed = pixel ^ pixel >> 1;
-        int place = mixed & (sizeof(T) == 2 ? 3 : 1);
-        if (kPitch != kN) place = pixel >> 2 & 1;
+        const int place =
+            kPitch != kN ? pixel >> 2 & 1 : (pixel ^ pixel >> 1) & (sizeof(T) == 2 ? 3 : 1);
         return pixel * kPitch + (c ^ (place << 4 & (kN - 1)));
     }
 };
@@ -182,19 +181,17 @@ __global__ void __launch_bounds__(Tile::kThreads* kMostTeams<Factors>, 1)
                                         PoolResults<typename Factors::T> results) {
     if constexpr (!kMultiplies<Factors>) return never_launched();
     ZF_DYNAMIC_SHARED(Piece, memory);
-    begin_patches<Factors, Tile>(p, h, packed, memory);
-    for_tiles<Tile>(p, h, [&](unsigned tile) {
-        const PatchShared<Tile> shared(memory, h, threadIdx.y + zero_of(tile));
-        const auto pixel_of = [&](int row) { return patch_pixel(h, row + zero_of(tile)); };
-        typename Tile::Accumulator sum = {};
-        const PoolBlock from = pool_block<Tile::kN>(p, pool, tile);
-        patch_product<Factors, Tile>(
-            p, h, image, from.first_column, packed, shared, sum,
-            [&](int row) { return from.patch_base(p, pool, h, pixel_of(row)); },
-            [&](int row) { return from.patch_row(p, row); });
-        const PoolBlock to = pool_block<Tile::kN>(p, pool, kept(tile));
-        pool_sums<Tile>(p, pool, to, sum, shared.after, bias, results, pixel_of);
-    });
+    for_tiles<Factors, Tile>(
+        p, h, packed, memory, [&](unsigned tile, const auto& shared, auto&& pixel_of) {
+            typename Tile::Accumulator sum = {};
+            const PoolBlock from = pool_block<Tile::kN>(p, pool, tile);
+            patch_product<Factors, Tile>(
+                p, h, image, from.first_column, packed, shared, sum,
+                [&](int row) { return from.patch_base(p, pool, h, pixel_of(row)); },
+                [&](int row) { return from.patch_row(p, row); });
+            const PoolBlock to = pool_block<Tile::kN>(p, pool, kept(tile));
+            pool_sums<Tile>(p, pool, to, sum, shared.after, bias, results, pixel_of);
+        });
 }
 
 }  // namespace zfcuda
